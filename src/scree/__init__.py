@@ -1,0 +1,32 @@
+"""Ragged arrays for every framework: one type for variable-length sequences, and the kernels that run on it."""
+
+from . import kernels
+from ._array import Array
+from ._packing import (
+    concat,
+    from_cu_seqlens,
+    from_lengths,
+    pack,
+    position_ids,
+    segment_ids,
+    unpack,
+    with_capacity,
+)
+from ._padding import from_padded, to_padded
+from ._version import __version__
+
+__all__ = [
+    "Array",
+    "__version__",
+    "concat",
+    "from_cu_seqlens",
+    "from_lengths",
+    "from_padded",
+    "kernels",
+    "pack",
+    "position_ids",
+    "segment_ids",
+    "to_padded",
+    "unpack",
+    "with_capacity",
+]

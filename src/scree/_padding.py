@@ -1,0 +1,136 @@
+"""Padding: from an Array to a batch of one length with a mask, and back."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+
+from . import _check, _layout, _offsets
+from ._array import Array, expect_array, from_host_offsets
+from ._backends import Backend, Dense
+from ._backends._protocol import HostArray
+
+Side = Literal["right", "left"]
+
+
+def to_padded(
+    arr: Array, side: Side = "right", fill_value: float = 0.0, max_length: int | None = None
+) -> tuple[Dense, Dense]:
+    """Pad the sequences to one length.
+
+    Parameters
+    ----------
+    arr : Array of (T, *features)
+        With another `ragged_dim` the row axis of the result still comes second.
+    side : "right" or "left"
+        Where the padding goes.
+    fill_value : number
+        What it holds; an error where the dtype cannot hold it.
+    max_length : int, optional
+        N. The longest sequence unless said; a longer sequence is an error. Under a trace it must be said, and there
+        the lengths are unknown: a floating row that is longer comes out as NaN throughout, an integer one is cut.
+
+    Returns
+    -------
+    padded : array of (B, N, *features)
+        The dtype of the values; differentiable in them.
+    mask : array of (B, N), bool
+        True at the tokens.
+
+    Notes
+    -----
+    Without `max_length` offsets on a device are copied to the host, once for all Arrays that share them.
+    """
+    expect_array("to_padded", arr)
+    if side not in ("right", "left"):
+        raise ValueError(f"to_padded: side is {side!r}; needs 'right' or 'left'")
+    xp = arr._xp
+    fill = _check.fill_value(fill_value, xp.dtype_name(arr.values))
+    if max_length is None:
+        arr._refuse_trace("to_padded without max_length")
+    width = arr.max_length if max_length is None else _check.whole(max_length, "max_length")
+    host = arr._known_offsets()
+    longest = arr._structure.longest(host) if host is not None else 0
+    if width < longest:
+        raise ValueError(f"to_padded: max_length is {width}; needs at least {longest}, the longest sequence")
+    values = _layout.moved_to_front(xp, arr.values, arr.ragged_dim)
+    view = xp.host_view(values)
+    if host is not None and view is not None:
+        mask = _layout.mask_host(host, width, side)
+        zero = fill == 0 and math.copysign(1.0, fill.real) > 0  # the bits of -0.0 are not all zero
+        bits = None if zero else xp.host_view(xp.full((1,), fill, values))
+        padded = _layout.pad_host(view[: int(host[-1])], mask, bits)
+        return xp.adopt(padded, values), xp.asarray(mask, values)
+    index, mask = _layout.padding_index(xp, arr.offsets, width, arr.total_length, side)
+    padded = _layout.pad_device(xp, values, index, mask, fill)
+    if host is None and _check.is_floating(xp.dtype_name(values)):
+        too_long = (arr.lengths > width).reshape(-1, *(1 for _ in padded.shape[1:]))
+        padded = xp.where(too_long, xp.full((), float("nan"), values), padded)
+    return padded, mask
+
+
+def from_padded(padded: Dense, mask: Dense) -> Array:
+    """Pack what a mask keeps of a padded batch.
+
+    Parameters
+    ----------
+    padded : array of (B, N, *features)
+    mask : array of (B, N), bool, or integer or floating with 0 and 1 only
+        True at the tokens to keep, in order: right-padded, left-padded or with holes.
+
+    Returns
+    -------
+    Array
+        With fresh values (T, *features), differentiable in `padded`.
+
+    Notes
+    -----
+    How many tokens remain is known on the host only: a mask on a device is copied there, once, and a traced one is an
+    error.
+    """
+    xp = _check.dense(padded, "padded")
+    if padded.ndim < 2:
+        raise ValueError(f"padded: got shape {tuple(padded.shape)}; needs (B, N, *features)")
+    _check.same_framework(xp, mask, "mask", "padded")
+    _check.same_device(xp, mask, padded, "mask", "padded")
+    if tuple(mask.shape) != tuple(padded.shape[:2]):
+        raise ValueError(
+            f"mask: got shape {tuple(mask.shape)}; needs {tuple(padded.shape[:2])}, the first two of padded"
+        )
+    if xp.is_traced(mask):
+        raise NotImplementedError(
+            "from_padded: the number of tokens depends on mask, which is traced by a compiler or a transformation; "
+            "call it outside of the compiled function"
+        )
+    keep = _host_mask(xp, mask)
+    offsets = _offsets.from_lengths(np.count_nonzero(keep, axis=1))
+    view = xp.host_view(padded)
+    if view is not None:
+        values = xp.adopt(_layout.unpad_host(view, keep), padded)
+    else:
+        flat = padded.reshape(keep.size, *padded.shape[2:])
+        values = _layout.take_tokens(xp, flat, np.flatnonzero(keep), 0)
+    return from_host_offsets(xp, values, offsets, 0)
+
+
+def _host_mask(xp: Backend, mask: Dense) -> HostArray:
+    """The mask as bools on the host: one copy from a device. Refuses values that are neither 0 nor 1."""
+    name = xp.dtype_name(mask)
+    if name == "bool":
+        return xp.to_host(mask)
+    if not (_check.is_integer(name) or _check.is_floating(name)):
+        raise TypeError(f"mask: got dtype {name}; needs bool, integer or floating")
+    view = xp.host_view(mask) if _check.is_integer(name) else None
+    if view is not None:
+        # as unsigned integers the negative ones are large: one pass over the mask
+        bad = view.size > 0 and int(view.view(f"u{view.itemsize}").max()) > 1
+        if not bad:
+            return view.astype(np.bool_)
+    ones = mask == 1
+    odd = xp.to_host(ones == (mask == 0))
+    if odd.any():
+        row, place = (int(i) for i in np.unravel_index(int(odd.argmax()), odd.shape))
+        raise ValueError(f"mask: got {mask[row, place]} at [{row}, {place}]; needs 0 and 1 only")
+    return xp.to_host(ones)

@@ -1,0 +1,292 @@
+"""The front door: the signatures and the contract of every op, and one line of dispatch each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+from .._array import Array
+from .._backends import Dense
+from . import _contract
+from ._dispatch import choose
+
+Window = tuple[int | None, int | None]
+Reduction = Literal["sum", "mean", "max", "min", "logsumexp"]
+
+
+@overload
+def varlen_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = ...,
+    *,
+    scale: float | None = ...,
+    window_size: Window = ...,
+    softcap: float | None = ...,
+    sinks: Dense | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: str | None = ...,
+) -> Array: ...
+@overload
+def varlen_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = ...,
+    *,
+    scale: float | None = ...,
+    window_size: Window = ...,
+    softcap: float | None = ...,
+    sinks: Dense | None = ...,
+    return_lse: bool,
+    implementation: str | None = ...,
+) -> tuple[Array, Array] | Array: ...
+def varlen_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    window_size: Window = (None, None),
+    softcap: float | None = None,
+    sinks: Dense | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> tuple[Array, Array] | Array:
+    """Attend within each sequence: softmax of scaled scores, times the values.
+
+    For query i of n and key j of m in the same sequence, and head h, which reads key/value head h // (H / K)::
+
+        s[i, j] = scale * <q[i], k[j]>              softcap c:  s = c * tanh(s / c)
+        visible(i, j):  p = i + m - n               the aligned position of query i
+                        j <= p                      if causal
+                        p - left <= j <= p + right  if window_size = (left, right)
+        l[i]    = sum_j exp(s[i, j]) + exp(sink)    over the visible j; the sink's term with `sinks` only
+        o[i]    = sum_j exp(s[i, j]) / l[i] * v[j]
+        lse[i]  = log(l[i])
+
+    Parameters
+    ----------
+    q : Array of (T, H, D), floating
+    k : Array of (T_k, K, D), floating
+        Of the same batch size; its offsets may differ from q's (cross-attention). H is a multiple of K (grouped
+        queries).
+    v : Array of (T_k, K, D_v), floating
+        With the offsets of k.
+    causal : bool
+        Query i of n sees key j of m when j <= i + m - n: aligned to the lower right.
+    scale : float, optional
+        1 / sqrt(D) unless said.
+    window_size : (left, right)
+        Tokens that are visible to each side of the aligned position, inclusive; None is no limit.
+    softcap : float, optional
+        Bounds the scores, more than 0.
+    sinks : array of (H,), floating, optional
+        One logit a head that joins the softmax's denominator and brings no value.
+    return_lse : bool
+        Return the LSE too.
+    implementation : str, optional
+        Force one by name.
+
+    Returns
+    -------
+    o : Array of (T, H, D_v)
+        On q's offsets, in q's dtype. A query that sees no key gives 0; an empty sequence, an empty row.
+    lse : Array of (T, H), float32
+        Only with `return_lse`: the natural logarithm; -inf (or the sink) where a query sees no key.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument does not fit; it is named, with what it got and what it needs.
+    NotImplementedError
+        No implementation can serve the call; the message has every reason.
+
+    Notes
+    -----
+    Arithmetic is in float32 or wider. No sequence sees another: a row of the result does not depend, bit for bit, on
+    the other rows. Differentiable in q, k, v and sinks.
+
+    References
+    ----------
+    Vaswani et al., "Attention Is All You Need", 2017, eq. 1. Dao, "FlashAttention-2", 2023 (LSE). Gemma Team,
+    "Gemma 2", 2024, section 2 (softcap). Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
+    2023.
+    """
+    options = _contract.attention(
+        q, k, v, causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks, return_lse=return_lse
+    )
+    return choose("varlen_attention", implementation, q, k, v, **options._asdict())(q, k, v, **options._asdict())
+
+
+def varlen_layernorm(
+    arr: Array,
+    weight: Dense | None = None,
+    bias: Dense | None = None,
+    eps: float = 1e-5,
+    *,
+    implementation: str | None = None,
+) -> Array:
+    """Normalise each token over its last axis to mean 0 and variance 1.
+
+    ``y = (x - mean(x)) / sqrt(mean((x - mean(x))**2) + eps) * weight + bias``
+
+    Parameters
+    ----------
+    arr : Array of (T, ..., M), floating
+        Any `ragged_dim` but the last axis.
+    weight, bias : array of (M,), floating, optional
+    eps : float
+    implementation : str, optional
+        Force one by name.
+
+    Returns
+    -------
+    Array of (T, ..., M)
+        In the dtype of `arr`, on the same offsets object.
+
+    Notes
+    -----
+    Arithmetic is in float32 or wider. Differentiable in `arr`, `weight` and `bias`.
+
+    References
+    ----------
+    Ba et al., "Layer Normalization", 2016, eq. 3 and 4.
+    """
+    eps = _contract.norm("varlen_layernorm", arr, {"weight": weight, "bias": bias}, eps)
+    return choose("varlen_layernorm", implementation, arr, weight, bias, eps)(arr, weight, bias, eps)
+
+
+def varlen_rmsnorm(
+    arr: Array, weight: Dense | None = None, eps: float = 1e-6, *, implementation: str | None = None
+) -> Array:
+    """Divide each token by the root of the mean square over its last axis.
+
+    ``y = x / sqrt(mean(x**2) + eps) * weight``
+
+    Parameters
+    ----------
+    arr : Array of (T, ..., M), floating
+        Any `ragged_dim` but the last axis.
+    weight : array of (M,), floating, optional
+    eps : float
+    implementation : str, optional
+        Force one by name.
+
+    Returns
+    -------
+    Array of (T, ..., M)
+        In the dtype of `arr`, on the same offsets object.
+
+    Notes
+    -----
+    Arithmetic is in float32 or wider. Differentiable in `arr` and `weight`.
+
+    References
+    ----------
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, eq. 4.
+    """
+    eps = _contract.norm("varlen_rmsnorm", arr, {"weight": weight}, eps)
+    return choose("varlen_rmsnorm", implementation, arr, weight, eps)(arr, weight, eps)
+
+
+def varlen_softmax(arr: Array, *, implementation: str | None = None) -> Array:
+    """Softmax along the ragged axis, each sequence and each feature on its own.
+
+    ``y[t] = exp(x[t] - max(x)) / sum(exp(x - max(x)))`` over the tokens t of one sequence.
+
+    Parameters
+    ----------
+    arr : Array of (T, *features), floating
+        Any `ragged_dim`.
+    implementation : str, optional
+        Force one by name.
+
+    Returns
+    -------
+    Array
+        In the shape and dtype of `arr`, on the same offsets object; empty where a sequence is empty.
+
+    Notes
+    -----
+    Arithmetic is in float32 or wider. Differentiable.
+    """
+    _contract.softmax(arr)
+    return choose("varlen_softmax", implementation, arr)(arr)
+
+
+def varlen_reduce(arr: Array, op: Reduction, *, implementation: str | None = None) -> Dense:
+    """Reduce each sequence along the ragged axis.
+
+    Parameters
+    ----------
+    arr : Array of (T, *features)
+        Any `ragged_dim`. Floating, or integer for "sum", "max" and "min", or bool for "max" and "min".
+    op : "sum", "mean", "max", "min" or "logsumexp"
+    implementation : str, optional
+        Force one by name.
+
+    Returns
+    -------
+    array of (B, *features)
+        In the dtype of `arr`; an integer sum wraps where that dtype does. Of an empty sequence: sum 0, mean NaN, max
+        -inf, min +inf, logsumexp -inf; for integers the smallest and the largest value of the dtype.
+
+    Notes
+    -----
+    Arithmetic on floating values is in float32 or wider. Differentiable.
+    """
+    _contract.reduce(arr, op)
+    return choose("varlen_reduce", implementation, arr, op)(arr, op)
+
+
+def varlen_rope(
+    arr: Array,
+    cos: Dense,
+    sin: Dense,
+    *,
+    interleaved: bool = False,
+    start: int | Sequence[int] | Dense | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """Rotate pairs of features by angles that grow with the place in the sequence (rotary position embedding).
+
+    For a token at place p of its sequence, with c = cos[p + start] and s = sin[p + start]::
+
+        y1 = x1 * c - x2 * s
+        y2 = x2 * c + x1 * s
+
+    where x1, x2 are the halves ``x[..., :D/2]``, ``x[..., D/2:]``, or with `interleaved` the even and odd features.
+
+    Parameters
+    ----------
+    arr : Array of (T, ..., D), floating
+        `ragged_dim` 0 and D even; usually (T, H, D).
+    cos, sin : array of (positions, D/2), floating
+        At least as many positions as are used; a table that is too short is an error where the lengths are known on
+        the host. Where they are not (a trace), tokens beyond the table come out as NaN.
+    interleaved : bool
+        Pair neighbouring features instead of halves.
+    start : int, or list or array of (B,), integer, optional
+        The position of the first token: one for all sequences, or one each (a KV cache). 0 unless said.
+    implementation : str, optional
+        Force one by name.
+
+    Returns
+    -------
+    Array of (T, ..., D)
+        In the dtype of `arr`, on the same offsets object.
+
+    Notes
+    -----
+    Arithmetic is in float32 or wider. Differentiable in `arr`, `cos` and `sin`.
+
+    References
+    ----------
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, eq. 34.
+    """
+    begin = _contract.rope(arr, cos, sin, start)
+    options = {"interleaved": bool(interleaved), "start": begin}
+    return choose("varlen_rope", implementation, arr, cos, sin, **options)(arr, cos, sin, **options)

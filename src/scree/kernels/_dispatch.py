@@ -1,0 +1,115 @@
+"""Which implementation computes an op: one table, and the reasons against each entry.
+
+Coarse facts (framework, device, dtype) are data. Where they fit, the module is asked ``why_not(op, *args,
+**options)``, which looks at metadata only. The first that has nothing against the call computes it; the reference is
+always the last resort. Candidates are never timed here.
+
+A module is imported as soon as one of its frameworks is in use, and not at the call: a compiler that traces the call
+cannot import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .. import _backends
+from .._array import Array
+from .._backends import Backend
+
+
+class Impl(NamedTuple):
+    """One way to compute an op.
+
+    Attributes
+    ----------
+    name : str
+        What ``implementation=`` calls it.
+    module : str
+        Relative to `scree.kernels`; holds a function named after the op, and ``why_not``.
+    backends, devices, dtypes : tuple of str, or None
+        The frameworks, kinds of device and dtypes it serves; None serves all.
+    """
+
+    name: str
+    module: str
+    backends: tuple[str, ...] | None = None
+    devices: tuple[str, ...] | None = None
+    dtypes: tuple[str, ...] | None = None
+
+
+_REFERENCE = Impl("reference", ".reference")
+
+# op -> implementations, the best one first
+TABLE: dict[str, tuple[Impl, ...]] = {
+    "varlen_attention": (_REFERENCE,),
+    "varlen_layernorm": (_REFERENCE,),
+    "varlen_reduce": (_REFERENCE,),
+    "varlen_rmsnorm": (_REFERENCE,),
+    "varlen_rope": (_REFERENCE,),
+    "varlen_softmax": (_REFERENCE,),
+}
+
+
+_MODULES: dict[str, Any] = {}
+
+
+def _import_modules(backend: Backend) -> None:
+    for impl in {impl for implementations in TABLE.values() for impl in implementations}:
+        if impl.module not in _MODULES and (impl.backends is None or backend.NAME in impl.backends):
+            _MODULES[impl.module] = importlib.import_module(impl.module, __package__)
+
+
+_backends.on_load(_import_modules)
+
+
+def choose(op: str, implementation: str | None, arr: Array, *args: Any, **options: Any) -> Callable[..., Any]:
+    """Return the function of the first implementation that can serve the call, or of the one that is asked for.
+
+    Raises
+    ------
+    ValueError
+        `implementation` is no name in the table of this op.
+    NotImplementedError
+        None can serve the call, or not the one that was asked for; the message has every reason.
+    """
+    candidates = TABLE[op]
+    if implementation is not None:
+        candidates = tuple(impl for impl in candidates if impl.name == implementation)
+        if not candidates:
+            known = ", ".join(repr(impl.name) for impl in TABLE[op])
+            raise ValueError(f"{op}: implementation is {implementation!r}; needs one of {known}, or None for the best")
+    reasons: list[str] = []
+    for impl in candidates:
+        against = mismatch(impl, arr)
+        if against is None:
+            module = _MODULES[impl.module]
+            against = module.why_not(op, arr, *args, **options)
+            if against is None:
+                return getattr(module, op)
+        reasons.append(f"{impl.name}: {against}")
+    raise NotImplementedError(f"{op}: no implementation can serve this call: {'; '.join(reasons)}")
+
+
+def mismatch(impl: Impl, arr: Array) -> str | None:
+    """Say which coarse facts about the Array speak against an implementation."""
+    xp = arr._xp
+    facts = (
+        ("framework", xp.NAME, impl.backends),
+        ("device", device_kind(arr) if impl.devices is not None else "", impl.devices),
+        ("dtype", xp.dtype_name(arr.values), impl.dtypes),
+    )
+    against = [
+        f"serves {what} {', '.join(served)}, got {got}"
+        for what, got, served in facts
+        if served is not None and got not in served
+    ]
+    return " and ".join(against) or None
+
+
+def device_kind(arr: Array) -> str:
+    """The kind of an Array's device without its number: "cpu", "cuda", "gpu", "mps"; "unknown" under a trace."""
+    device = arr.device
+    kind = getattr(device, "type", None) or getattr(device, "platform", None) or device
+    return "unknown" if device is None else str(kind).rpartition(".")[2]

@@ -1,0 +1,420 @@
+"""varlen_attention: every implementation against the oracle, and the promises on isolation, edges and bits."""
+
+import numpy as np
+import pytest
+
+import cases
+import oracle
+import scree
+from cases import ATTENTION, LENGTHS, Attention, batch, host_offsets, normal, wide, with_spare
+from expect import assert_close, assert_same_bits
+from scree import kernels
+
+OPS = ("varlen_attention",)
+BY_NAME = {case.name: case for case in ATTENTION}
+HARD = ("grouped", "everything")
+
+
+def attend(q, k, v, implementation, **options):
+    """Call the front door."""
+    return kernels.varlen_attention(q, k, v, implementation=implementation, **options)
+
+
+def expected(xp, case, q, k, v, sinks, **more):
+    """Ask the oracle, given what the framework really holds."""
+    return oracle.attention(
+        wide(xp, q), wide(xp, k), wide(xp, v), host_offsets(xp, q), host_offsets(xp, k),
+        sinks=None if sinks is None else wide(xp, sinks), **case.options, **more,
+    )  # fmt: skip
+
+
+def check(xp, case, dtype, implementation):
+    """Compare outputs and LSE."""
+    q, k, v, sinks = case.make(xp, dtype)
+
+    def both(qv, kv, vv, *sink):
+        options = {**case.options, "sinks": sink[0]} if sink else case.options
+        arrays = q.with_values(qv), k.with_values(kv), v.with_values(vv)
+        out, lse = attend(*arrays, implementation, return_lse=True, **options)
+        for got in (out, lse):
+            assert isinstance(got, scree.Array)
+            assert got.offsets is q.offsets
+        return out.values, lse.values
+
+    out, lse = xp.run(both, q.values, k.values, v.values, *([] if sinks is None else [sinks]))
+    want, want_lse = expected(xp, case, q, k, v, sinks)
+    assert xp.dtype_of(out) == dtype
+    assert tuple(out.shape) == (sum(case.lengths), case.heads, case.v_dim)
+    assert_close(wide(xp, out), want, xp.exact_as(dtype))
+    assert xp.dtype_of(lse) == "float32"
+    assert_close(wide(xp, lse), want_lse, "float32")
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_oracle(xp, implementation, case):
+    check(xp, case, "float32", implementation)
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_oracle_in_every_dtype(xp, floating, implementation, name):
+    check(xp, BY_NAME[name], floating, implementation)
+
+
+def test_lse_changes_nothing(xp, implementation):
+    case = BY_NAME["grouped"]
+    q, k, v, _ = case.make(xp)
+    out = attend(q, k, v, implementation, **case.options)
+    assert isinstance(out, scree.Array)
+    assert out.offsets is q.offsets
+    with_lse, _ = attend(q, k, v, implementation, return_lse=True, **case.options)
+    assert_same_bits(xp.to_np(out.values), xp.to_np(with_lse.values))
+
+
+def check_gradients(xp, case, dtype, implementation):
+    """Compare the gradients of outputs and LSE together."""
+    q, k, v, sinks = case.make(xp, dtype)
+    grad_out = xp.array(normal((sum(case.lengths), case.heads, case.v_dim), 10), dtype)
+    grad_lse = normal((sum(case.lengths), case.heads), 11)
+    _, lse = expected(xp, case, q, k, v, sinks)
+    grad_lse[~np.isfinite(lse)] = 0.0
+    weights = xp.array(grad_lse, "float32")
+    seen = xp.array(np.isfinite(lse))
+
+    def loss(qv, kv, vv, *sink):
+        options = {**case.options, "sinks": sink[0]} if sink else case.options
+        out, lse = attend(
+            q.with_values(qv), k.with_values(kv), v.with_values(vv), implementation, return_lse=True, **options
+        )
+        finite = where(xp, seen, lse.values, weights)
+        return (out.values * grad_out).sum() + (finite * weights).sum()
+
+    given = [q.values, k.values, v.values] + ([] if sinks is None else [sinks])
+    grads = xp.grad(loss, *given)
+    want = expected(xp, case, q, k, v, sinks, grad_out=wide(xp, grad_out), grad_lse=wide(xp, weights))
+    for got, expect in zip(grads, want, strict=False):
+        # dq, dk, dv are sums of products of gradients: a few more roundings than the outputs.
+        assert_close(got, expect, xp.exact_as(dtype), scale=4.0)
+
+
+def where(xp, condition, a, b):
+    """Choose, in the framework's own words."""
+    module = __import__("jax.numpy", fromlist=["where"]) if xp.name == "jax" else xp.module
+    return module.where(condition, a, b)
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_gradients(grad_xp, implementation, case):
+    check_gradients(grad_xp, case, "float32", implementation)
+
+
+def test_gradients_in_every_dtype(grad_xp, floating, implementation):
+    check_gradients(grad_xp, BY_NAME["everything"], floating, implementation)
+
+
+def test_gradients_without_lse(grad_xp, implementation):
+    xp, case = grad_xp, BY_NAME["cross causal"]
+    q, k, v, _ = case.make(xp)
+    grad_out = normal((sum(case.lengths), 2, 8), 10)
+
+    def loss(*given):
+        arrays = [a.with_values(x) for a, x in zip((q, k, v), given, strict=True)]
+        return (attend(*arrays, implementation, **case.options).values * xp.array(grad_out)).sum()
+
+    grads = xp.grad(loss, q.values, k.values, v.values)
+    for got, want in zip(grads, expected(xp, case, q, k, v, None, grad_out=grad_out), strict=False):
+        assert np.isfinite(got).all()
+        assert_close(got, want, "float32", scale=4.0)
+
+
+# Edges
+
+
+@pytest.mark.parametrize("edge", cases.EDGES, ids=str)
+def test_edges(xp, implementation, edge):
+    lengths = cases.EDGES[edge]
+    case = Attention(edge, lengths=lengths, key_lengths=lengths, options={"causal": True})
+    check(xp, case, "float32", implementation)
+
+
+@pytest.mark.parametrize("lengths", [(0, 0), (3, 0, 1)])
+def test_no_keys_at_all(xp, implementation, lengths):
+    none = tuple(0 for _ in lengths)
+    check(xp, Attention("no keys", lengths=lengths, key_lengths=none), "float32", implementation)
+    check(xp, Attention("no queries", lengths=none, key_lengths=lengths), "float32", implementation)
+    check(xp, Attention("no keys, sinks", lengths=lengths, key_lengths=none, sinks=True), "float32", implementation)
+
+
+def test_a_query_that_sees_no_key_gives_zero(xp, implementation):
+    # Five queries, one key, causal: the first four are before it.
+    q = batch(xp, (5,), (2, 4), seed=1)
+    k = batch(xp, (1,), (2, 4), seed=2)
+    out, lse = attend(q, k, k, implementation, causal=True, return_lse=True)
+    np.testing.assert_array_equal(xp.to_np(out.values)[:4], np.zeros((4, 2, 4)))
+    assert (xp.to_np(lse.values)[:4] == -np.inf).all()
+    assert_close(xp.to_np(out.values)[4], xp.to_np(k.values)[0], "float32")
+    sinks = xp.array([0.25, -3.0])
+    out, lse = attend(q, k, k, implementation, causal=True, sinks=sinks, return_lse=True)
+    np.testing.assert_array_equal(xp.to_np(out.values)[:4], np.zeros((4, 2, 4)))
+    assert_close(xp.to_np(lse.values)[:4], np.tile([0.25, -3.0], (4, 1)), "float32")
+
+
+def test_gradients_where_nothing_is_seen_are_zero(grad_xp, implementation):
+    xp = grad_xp
+    q, k = batch(xp, (3, 0, 5), (2, 4), seed=1), batch(xp, (0, 3, 0), (2, 4), seed=2)
+
+    def loss(*given):
+        arrays = [a.with_values(x) for a, x in zip((q, k, k), given, strict=True)]
+        return attend(*arrays, implementation).values.sum()
+
+    for grad in xp.grad(loss, q.values, k.values, k.values):
+        np.testing.assert_array_equal(grad, np.zeros_like(grad))
+
+
+def test_lower_right_causal_by_hand(xp, implementation):
+    # Two queries, five keys: the first sees four, the second all five.
+    q = scree.Array(xp.array(np.zeros((2, 1, 4))), xp.array([0, 2], "int32"))
+    k = scree.Array(xp.array(np.zeros((5, 1, 4))), xp.array([0, 5], "int32"))
+    v = k.with_values(xp.array(np.arange(1.0, 21.0).reshape(5, 1, 4)))
+    out, lse = attend(q, k, v, implementation, causal=True, return_lse=True)
+    want = np.stack([xp.to_np(v.values)[:4].mean(0), xp.to_np(v.values).mean(0)])
+    assert_close(wide(xp, out), want, "float32")
+    assert_close(wide(xp, lse), np.log([[4], [5]]), "float32")
+    # The window is inclusive and stands around the same place: key 3 for the first query, 4 for the second.
+    out, lse = attend(q, k, v, implementation, window_size=(1, 0), return_lse=True)
+    want = np.stack([xp.to_np(v.values)[2:4].mean(0), xp.to_np(v.values)[3:5].mean(0)])
+    assert_close(wide(xp, out), want, "float32")
+    assert_close(wide(xp, lse), np.log([[2], [2]]), "float32")
+
+
+def test_scores_beyond_half_precision(xp, floating, implementation):
+    # Scores of 90,000 and more: float16 ends at 65,504, and exp overflows unless the largest is taken away.
+    eye = np.eye(3, 8)[:, None, :] * 600.0
+    q = scree.Array(xp.array(eye, floating), xp.array([0, 3], "int32"))
+    v = q.with_values(xp.array(normal((3, 1, 8), 0), floating))
+    out = attend(q, q, v, implementation)
+    assert_close(wide(xp, out), wide(xp, v), floating)
+
+
+def test_sinks_beyond_the_range_of_exp(xp, implementation):
+    # exp(200) is no float32: the sink has to count when the largest logit is taken away.
+    q, k, v, _ = BY_NAME["plain"].make(xp)
+    for logit in (200.0, -200.0):
+        sinks = xp.array([logit, 0.5])
+        out, lse = attend(q, k, v, implementation, sinks=sinks, return_lse=True)
+        want, want_lse = oracle.attention(
+            wide(xp, q), wide(xp, k), wide(xp, v), host_offsets(xp, q), host_offsets(xp, k), sinks=wide(xp, sinks)
+        )
+        assert_close(wide(xp, out), want, "float32")
+        assert_close(wide(xp, lse), want_lse, "float32")
+
+
+def test_a_zero_scale_is_a_scale(xp, implementation):
+    case = Attention("zero", options={"scale": 0.0})
+    check(xp, case, "float32", implementation)
+
+
+def test_the_same_offsets_by_value(xp, implementation):
+    q, k, v, _ = BY_NAME["plain"].make(xp)
+    other = scree.Array(v.values, xp.array(host_offsets(xp, v), "int16"))
+    assert_same_bits(
+        xp.to_np(attend(q, k, other, implementation).values), xp.to_np(attend(q, k, v, implementation).values)
+    )
+
+
+@pytest.mark.parametrize("dim", [1, 3, 80])
+def test_odd_head_dims(xp, implementation, dim):
+    check(xp, Attention("dims", lengths=(3,), key_lengths=(3,), dim=dim, v_dim=dim), "float32", implementation)
+
+
+def test_strided_views_of_a_joint_tensor(xp, implementation):
+    if not xp.has_views:
+        return
+    qkv = xp.array(normal((12, 3, 2, 8), 0))
+    offsets = xp.array(oracle.offsets_of(LENGTHS), "int32")
+    views = [scree.Array(qkv[:, i], offsets) for i in range(3)]
+    whole = [scree.Array(xp.array(xp.to_np(a.values)), offsets) for a in views]
+    assert xp.shares_memory(views[1].values, qkv)
+    out = attend(*views, implementation, causal=True)
+    assert_close(wide(xp, out), wide(xp, attend(*whole, implementation, causal=True)), "float32")
+
+
+# Isolation, order, bits
+
+
+def outputs(xp, implementation, case, q, k, v, sinks):
+    """Return output and LSE as NumPy, cut into rows."""
+    out, lse = attend(q, k, v, implementation, return_lse=True, **case.arguments(sinks))
+    cut = host_offsets(xp, q)[1:-1]
+    return list(zip(np.split(xp.to_np(out.values), cut), np.split(xp.to_np(lse.values), cut), strict=True))
+
+
+def assert_rows_same(a, b):
+    """Require the same bits in outputs and LSE."""
+    for x, y in zip(a, b, strict=True):
+        assert_same_bits(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's own, of inf - inf in the row changed
+@pytest.mark.parametrize("name", ["cross causal", "grouped"])
+@pytest.mark.parametrize("bad", [7.0, np.nan, np.inf])
+def test_no_sequence_sees_another(xp, implementation, name, bad):
+    case = BY_NAME[name]
+    arrays = case.make(xp)
+    before = outputs(xp, implementation, case, *arrays)
+    for row in (1, 3):
+        changed = []
+        for arr in arrays[:3]:
+            values, offsets = xp.to_np(arr.values), host_offsets(xp, arr)
+            values[offsets[row] : offsets[row + 1]] = bad
+            changed.append(arr.with_values(xp.array(values)))
+        after = outputs(xp, implementation, case, *changed, arrays[3])
+        for i, (x, y) in enumerate(zip(before, after, strict=True)):
+            if i != row:
+                assert_rows_same(x, y)
+        assert not (before[row][0].tobytes() == after[row][0].tobytes())
+
+
+def test_no_gradient_sees_another_sequence(grad_xp, implementation):
+    xp, case = grad_xp, BY_NAME["causal"]
+    q, k, v, _ = case.make(xp)
+    weights = xp.array(normal((12, 2, 8), 10))
+    offsets = host_offsets(xp, q)
+
+    def grads(*arrays):
+        def loss(*given):
+            inner = [a.with_values(x) for a, x in zip(arrays, given, strict=True)]
+            return (attend(*inner, implementation, **case.options).values * weights).sum()
+
+        return xp.grad(loss, *(a.values for a in arrays))
+
+    before = grads(q, k, v)
+    values = [xp.to_np(a.values) for a in (q, k, v)]
+    for x in values:
+        x[offsets[3] : offsets[4]] = np.nan
+    after = grads(*(a.with_values(xp.array(x)) for a, x in zip((q, k, v), values, strict=True)))
+    others = [t for t in range(12) if not offsets[3] <= t < offsets[4]]
+    for x, y in zip(before, after, strict=True):
+        assert_same_bits(x[others], y[others])
+
+
+def test_rows_in_another_order(xp, implementation):
+    case = BY_NAME["grouped"]
+    q, k, v, sinks = case.make(xp)
+    order = [3, 6, 1, 5, 0, 2, 4]
+    before = outputs(xp, implementation, case, q, k, v, sinks)
+    after = outputs(xp, implementation, case, q[order], k[order], v[order], sinks)
+    for place, row in enumerate(order):
+        assert_rows_same(after[place], before[row])
+
+
+@pytest.mark.parametrize("row", [0, 1, 3])
+def test_a_row_alone_is_the_row_in_the_batch(xp, implementation, row):
+    for name in ("grouped", "cross causal"):
+        case = BY_NAME[name]
+        q, k, v, sinks = case.make(xp)
+        before = outputs(xp, implementation, case, q, k, v, sinks)
+        only = slice(row, row + 1)
+        assert_rows_same(outputs(xp, implementation, case, q[only], k[only], v[only], sinks)[0], before[row])
+
+
+def test_the_gradient_of_a_row_alone(grad_xp, implementation):
+    xp, case = grad_xp, BY_NAME["grouped"]
+    arrays = case.make(xp)[:3]
+    weights = normal((12, 4, 8), 10)
+
+    def grads(given, weights):
+        def loss(*values):
+            inner = [a.with_values(x) for a, x in zip(given, values, strict=True)]
+            return (attend(*inner, implementation, **case.options).values * xp.array(weights)).sum()
+
+        return xp.grad(loss, *(a.values for a in given))
+
+    together = grads(arrays, weights)
+    start, stop = host_offsets(xp, arrays[0])[3:5]
+    for x, y in zip(grads([a[3:4] for a in arrays], weights[start:stop]), together, strict=True):
+        assert_same_bits(x, y[start:stop])
+
+
+def test_two_runs_give_the_same_bits(xp, implementation):
+    case = BY_NAME["grouped"]
+    arrays = case.make(xp)
+    for x, y in zip(
+        outputs(xp, implementation, case, *arrays), outputs(xp, implementation, case, *arrays), strict=True
+    ):
+        assert_rows_same(x, y)
+
+
+# Capacity
+
+
+@pytest.mark.parametrize("spare", [0.0, np.nan, np.inf])
+def test_spare_values_are_left_out(xp, implementation, spare):
+    case = BY_NAME["grouped"]
+    plain = case.make(xp)[:3]
+    full = [with_spare(xp, a, *cases.CAPACITY, spare) for a in plain]
+    want = attend(*plain, implementation, **case.options)
+    out, lse = attend(*full, implementation, return_lse=True, **case.options)
+    used = sum(LENGTHS)
+    assert out.offsets is full[0].offsets
+    assert (out.total_length, out.batch_size) == cases.CAPACITY[::-1]
+    assert_same_bits(xp.to_np(out.values)[:used], xp.to_np(want.values))
+    assert_same_bits(xp.to_np(out.values)[used:], np.zeros((4, 4, 8), np.float32))
+    np.testing.assert_array_equal(xp.to_np(lse.values)[used:], np.zeros((4, 4)))
+
+
+def test_spare_values_get_no_gradient(grad_xp, implementation):
+    xp, case = grad_xp, BY_NAME["everything"]
+    *plain, sinks = case.make(xp)
+    full = [with_spare(xp, a, len(LENGTHS) + 2, a.total_length + 4) for a in plain]
+    used = [a.total_length for a in plain]
+    weights = normal((used[0] + 4, 4, 5), 10)
+
+    def grads(arrays, weights):
+        def loss(*given):
+            inner = [a.with_values(x) for a, x in zip(arrays, given[:3], strict=True)]
+            out = attend(*inner, implementation, sinks=given[3], **case.options)
+            return (out.values * xp.array(weights)).sum()
+
+        return xp.grad(loss, *(a.values for a in arrays), sinks)
+
+    want, got = grads(plain, weights[: used[0]]), grads(full, weights)
+    for x, y, n in zip(got, want, used, strict=False):
+        assert_same_bits(x[:n], y)
+        assert_same_bits(np.abs(x[n:]), np.zeros_like(x[n:]))
+    assert_same_bits(got[3], want[3])
+
+
+def test_capacity_of_queries_alone(xp, implementation):
+    case = BY_NAME["causal"]
+    q, k, v, _ = case.make(xp)
+    more_rows = scree.with_capacity(q, len(LENGTHS), sum(LENGTHS) + 4)
+    out = attend(more_rows, k, v, implementation, **case.options)
+    assert_same_bits(xp.to_np(out.values)[:12], xp.to_np(attend(q, k, v, implementation, **case.options).values))
+    assert_same_bits(xp.to_np(out.values)[12:], np.zeros((4, 2, 8), np.float32))
+
+
+# The oracle itself
+
+
+@pytest.mark.parametrize("name", ["grouped", "everything", "sinks cross causal"])
+def test_the_oracle_differentiates_rightly(name):
+    case = BY_NAME[name]
+    q = normal((12, case.heads, 3), 0)
+    k, v = normal((12, case.kv_heads, 3), 1), normal((12, case.kv_heads, 2), 2)
+    sinks = normal((case.heads,), 3)
+    offsets, keys = oracle.offsets_of(case.lengths), oracle.offsets_of(case.key_lengths)
+    grad_out = normal((12, case.heads, 2), 4)
+
+    def out(q, sinks):
+        return oracle.attention(q, k, v, offsets, keys, sinks=sinks, **case.options)[0]
+
+    def of_keys(k, v):
+        return oracle.attention(q, k, v, offsets, keys, sinks=sinks, **case.options)[0]
+
+    dq, dk, dv, dsinks = oracle.attention(q, k, v, offsets, keys, sinks=sinks, grad_out=grad_out, **case.options)
+    for got, want in zip(
+        (dq, dsinks, dk, dv),
+        (*oracle.gradient(out, grad_out, q, sinks), *oracle.gradient(of_keys, grad_out, k, v)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-8)

@@ -1,0 +1,424 @@
+"""jax.jit, grad, vmap; torch.compile, export, func; mx.grad and mx.compile; and how often each compiles."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+import conftest
+import oracle
+import scree
+from cases import batch, normal
+from expect import raises
+from scree import kernels
+from test_array import LENGTHS, make, rows_of
+
+pytestmark = [
+    pytest.mark.no_poison,
+    # PyTorch's own, when its compiler is imported.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+]
+
+
+def need(name):
+    """Return the harness of a framework, or skip where it is not here."""
+    if name not in conftest.HERE:
+        pytest.skip(conftest.LOADED[name])
+    return conftest.HERE[name]
+
+
+# JAX
+
+
+def test_jax_tree():
+    xp = need("jax")
+    tree = xp.module.tree_util
+    arr = make(xp)
+    leaves, structure = tree.tree_flatten(arr)
+    assert len(leaves) == 2
+    assert leaves[0] is arr.values
+    assert leaves[1] is arr.offsets
+    back = tree.tree_unflatten(structure, leaves)
+    assert isinstance(back, scree.Array)
+    assert back.values is arr.values
+    for odd in (object(), None, "a", 3):
+        again = tree.tree_unflatten(structure, [odd, odd])
+        assert again.values is odd
+        assert again.ragged_dim == 0
+    assert hash(structure) == hash(tree.tree_structure(make(xp)))
+    assert structure == tree.tree_structure(make(xp, lengths=(9, 0, 0)))
+    across = make(xp, features=(2, 2), ragged_dim=1)
+    assert tree.tree_structure(across) != structure
+    assert tree.tree_map(lambda x: x, across).ragged_dim == 1
+    paths = [str(path) for path, _ in tree.tree_flatten_with_path(arr)[0]]
+    assert "values" in paths[0]
+    assert "offsets" in paths[1]
+
+
+def test_jax_jit_takes_and_gives_arrays():
+    xp = need("jax")
+    jax = xp.module
+    arr = make(xp)
+
+    @jax.jit
+    def step(a):
+        b = kernels.varlen_rmsnorm(a.map(lambda v: v * 2) + a)
+        assert repr(b).startswith("scree.Array(batch_size=5, total_length=9")
+        return b, scree.segment_ids(a), scree.position_ids(a, start=1), a.lengths
+
+    got, ids, places, lengths = step(arr)
+    assert isinstance(got, scree.Array)
+    np.testing.assert_allclose(xp.to_np(got.values), oracle.rmsnorm(xp.to_np(arr.values) * 3), rtol=1e-5)
+    assert xp.to_np(ids).tolist() == [1, 1, 1, 2, 3, 3, 3, 3, 3]
+    assert xp.to_np(places).tolist() == [1, 2, 3, 1, 1, 2, 3, 4, 5]
+    assert xp.to_np(lengths).tolist() == list(LENGTHS)
+    assert xp.to_np(got.offsets).tolist() == oracle.offsets_of(LENGTHS)
+    assert [len(r) for r in scree.unpack(got)] == list(LENGTHS)
+    assert got.max_length == 5
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_jax_padding_under_jit(side):
+    xp = need("jax")
+    arr = make(xp)
+    padded, mask = xp.module.jit(lambda a: scree.to_padded(a, side, -1.0, max_length=6))(arr)
+    want, want_mask = oracle.to_padded(rows_of(xp, arr), (2,), np.float32, side, -1.0, 6)
+    np.testing.assert_array_equal(xp.to_np(padded), want)
+    np.testing.assert_array_equal(xp.to_np(mask), want_mask)
+
+
+def test_jax_says_what_needs_concrete_offsets():
+    xp = need("jax")
+    jit = xp.module.jit
+    arr = make(xp)
+    with raises(NotImplementedError, "to_padded", "max_length"):
+        jit(scree.to_padded)(arr)
+    for call in (
+        lambda a: scree.unpack(a),
+        lambda a: a[1],
+        lambda a: a[1:],
+        lambda a: list(a),
+        lambda a: a.max_length,
+        lambda a: a.validate(),
+        lambda a: scree.from_padded(*scree.to_padded(a, max_length=5)),
+        lambda a: scree.concat([a, a], dim="ragged"),
+    ):
+        with raises(NotImplementedError, "traced"):
+            jit(call)(arr)
+
+
+def test_jax_grad():
+    xp = need("jax")
+    jax = xp.module
+    arr, weights = make(xp), xp.array(normal((9, 2), 1))
+
+    def loss(values, offsets):
+        return (kernels.varlen_rmsnorm(scree.Array(values, offsets)).values * weights).sum()
+
+    want = jax.grad(loss)(arr.values, arr.offsets)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(arr.values, arr.offsets), want, rtol=1e-5, atol=1e-6)
+
+    def of_array(a):
+        return (kernels.varlen_rmsnorm(a).values * weights).sum()
+
+    got = jax.grad(of_array, allow_int=True)(arr)
+    assert isinstance(got, scree.Array)
+    np.testing.assert_allclose(got.values, want, rtol=1e-5, atol=1e-6)
+    value, got = jax.jit(jax.value_and_grad(of_array, allow_int=True))(arr)
+    np.testing.assert_allclose(got.values, want, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(float(value))
+
+
+def test_jax_vmap_over_values():
+    xp = need("jax")
+    jax = xp.module
+    arr = make(xp)
+    stacked = xp.array(normal((3, 9, 2), 0))
+
+    def one(values):
+        return kernels.varlen_rmsnorm(arr.with_values(values) * 2).values
+
+    np.testing.assert_allclose(jax.vmap(one)(stacked), oracle.rmsnorm(normal((3, 9, 2), 0) * 2), rtol=1e-4, atol=1e-5)
+    many = jax.vmap(lambda v: scree.Array(v, arr.offsets) + 1)(stacked)
+    np.testing.assert_array_equal(many.values, stacked + 1)
+
+
+def jax_traces(batches):
+    """Count how often one jitted program is traced over these Arrays."""
+    import jax
+
+    traces = []
+
+    @jax.jit
+    def step(a):
+        traces.append(None)
+        return kernels.varlen_rmsnorm(a * 2).values.sum() + scree.to_padded(a, max_length=6)[0].sum()
+
+    for arr in batches:
+        step(arr).block_until_ready()
+    return len(traces)
+
+
+RAGGED = [(3, 1, 5), (2, 2), (6,), (0, 0, 4, 1), (5, 4)]
+
+
+def test_jax_compiles_once_with_capacity():
+    xp = need("jax")
+    plain = [make(xp, lengths=n) for n in RAGGED]
+    assert jax_traces([scree.with_capacity(a, 4, 10) for a in plain]) == 1
+    assert jax_traces(plain) > 1
+
+
+@pytest.mark.parametrize("op", ["attention", "softmax", "reduce"])
+def test_jax_references_ask_for_concrete_offsets(op):
+    """The references loop over rows; the day a fast path lifts it, this test is to say so."""
+    xp = need("jax")
+    q = batch(xp, (3, 0, 5), (2, 4))
+    calls = {
+        "attention": lambda a: kernels.varlen_attention(a, a, a, implementation="reference").values,
+        "softmax": lambda a: kernels.varlen_softmax(a, implementation="reference").values,
+        "reduce": lambda a: kernels.varlen_reduce(a, "sum", implementation="reference"),
+    }
+    with raises(NotImplementedError, f"varlen_{op}", "concrete"):
+        xp.module.jit(calls[op])(q)
+    # With the offsets outside the trace, the same call compiles.
+    jitted = xp.module.jit(lambda values: calls[op](q.with_values(values)))
+    np.testing.assert_allclose(jitted(q.values), calls[op](q), rtol=1e-5, atol=1e-6)
+
+
+# PyTorch
+
+
+@pytest.fixture
+def torch():
+    """PyTorch with an empty compiler."""
+    module = need("torch").module
+    module._dynamo.reset()
+    yield module
+    module._dynamo.reset()
+
+
+def counting(torch):
+    """Return a compiler backend that counts what it compiles."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    return backend, compiled
+
+
+def step(a):
+    """Compute inside what was packed outside."""
+    b = kernels.varlen_rmsnorm(a * 2 + a)
+    return b.map(lambda v: v + 1)
+
+
+def test_torch_tree(torch):
+    xp = need("torch")
+    from torch.utils import _pytree as tree
+
+    arr = make(xp)
+    leaves, structure = tree.tree_flatten(arr)
+    assert leaves[0] is arr.values
+    assert leaves[1] is arr.offsets
+    back = tree.tree_unflatten(leaves, structure)
+    assert isinstance(back, scree.Array)
+    assert tree.tree_unflatten([object(), None], structure).ragged_dim == 0
+    assert tree.tree_map(lambda x: x, make(xp, features=(2, 2), ragged_dim=1)).ragged_dim == 1
+
+
+def test_torch_compile(torch):
+    xp = need("torch")
+    arr = make(xp)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(arr)
+    assert isinstance(got, scree.Array)
+    np.testing.assert_allclose(xp.to_np(got.values), xp.to_np(step(arr).values), rtol=1e-6)
+    assert [len(r) for r in scree.unpack(got)] == list(LENGTHS)
+
+
+def test_torch_compile_of_the_operations(torch):
+    xp = need("torch")
+
+    def all_of_them(a):
+        padded, mask = scree.to_padded(a, "left", 0.5, max_length=6)
+        return padded, mask, scree.segment_ids(a), scree.position_ids(a), a.lengths, a.batch_size, a.total_length
+
+    arr = make(xp)
+    got = torch.compile(all_of_them, fullgraph=True, backend="eager")(arr)
+    for x, y in zip(got, all_of_them(arr), strict=True):
+        assert (x == y) if isinstance(x, int) else torch.equal(x, y)
+
+
+def test_torch_compile_makes_arrays_inside(torch):
+    xp = need("torch")
+
+    def inside(values, offsets):
+        return scree.Array(values, offsets).map(torch.exp).values
+
+    arr = make(xp)
+    got = torch.compile(inside, fullgraph=True, backend="eager")(arr.values, arr.offsets)
+    np.testing.assert_allclose(xp.to_np(got), np.exp(xp.to_np(arr.values)), rtol=1e-6)
+
+
+def test_torch_compile_carries_gradients(torch):
+    xp = need("torch")
+    arr = make(xp)
+    weights = xp.array(normal((9, 2), 1))
+    grads = []
+    for fn in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        values = arr.values.clone().requires_grad_()
+        (fn(scree.Array(values, arr.offsets)).values * weights).sum().backward()
+        grads.append(xp.to_np(values.grad))
+    np.testing.assert_allclose(grads[1], grads[0], rtol=1e-5, atol=1e-6)
+
+
+def test_torch_compiles_once_with_capacity(torch):
+    xp = need("torch")
+    plain = [make(xp, lengths=n) for n in RAGGED]
+
+    def compilations(batches):
+        torch._dynamo.reset()
+        backend, compiled = counting(torch)
+        fn = torch.compile(step, fullgraph=True, backend=backend)
+        for arr in batches:
+            np.testing.assert_allclose(xp.to_np(fn(arr).values), xp.to_np(step(arr).values), rtol=1e-6)
+        return len(compiled)
+
+    assert compilations([scree.with_capacity(a, 4, 10) for a in plain]) == 1
+    assert compilations(plain) > 1
+
+
+def test_torch_inductor_smoke(torch):
+    xp = need("torch")
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler for inductor")
+    arr = make(xp)
+
+    def step(a):
+        return a * 2 + a
+
+    got = torch.compile(step, fullgraph=True)(arr)
+    np.testing.assert_allclose(xp.to_np(got.values), xp.to_np(step(arr).values), rtol=1e-5)
+
+
+def test_torch_export(torch):
+    xp = need("torch")
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(2, 3)
+
+        def forward(self, a):
+            return kernels.varlen_layernorm(a.map(self.linear)) * 2
+
+    model, arr = Model(), make(xp)
+    program = torch.export.export(model, (arr,))
+    got = program.module()(arr)
+    assert isinstance(got, scree.Array)
+    torch.testing.assert_close(got.values, model(arr).values)
+
+
+def test_torch_func(torch):
+    xp = need("torch")
+    arr, weights = make(xp), xp.array(normal((9, 2), 1))
+
+    def loss(values):
+        return (step(arr.with_values(values)).values * weights).sum()
+
+    (want,) = xp.grad(loss, arr.values)
+    got = torch.func.grad(loss)(arr.values)
+    np.testing.assert_allclose(xp.to_np(got), want, rtol=1e-5, atol=1e-6)
+    stacked = xp.array(normal((3, 9, 2), 0))
+    many = torch.func.vmap(lambda v: step(arr.with_values(v)).values)(stacked)
+    want = np.stack([xp.to_np(step(arr.with_values(v)).values) for v in stacked])
+    np.testing.assert_allclose(xp.to_np(many), want, rtol=1e-5, atol=1e-6)
+
+
+def test_torch_func_grad_of_attention(torch):
+    xp = need("torch")
+    q = batch(xp, (3, 0, 5), (2, 4))
+
+    def loss(values):
+        a = q.with_values(values)
+        return kernels.varlen_attention(a, q, q, causal=True).values.sum()
+
+    np.testing.assert_allclose(
+        xp.to_np(torch.func.grad(loss)(q.values)), xp.grad(loss, q.values)[0], rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("op", ["attention", "softmax", "reduce"])
+def test_torch_references_ask_for_concrete_offsets(torch, op):
+    xp = need("torch")
+    q = batch(xp, (3, 0, 5), (2, 4))
+    calls = {
+        "attention": lambda a: kernels.varlen_attention(a, a, a, implementation="reference").values,
+        "softmax": lambda a: kernels.varlen_softmax(a, implementation="reference").values,
+        "reduce": lambda a: kernels.varlen_reduce(a, "sum", implementation="reference"),
+    }
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - dynamo wraps it in an exception of its own
+        torch.compile(calls[op], fullgraph=True, backend="eager")(q)
+    assert "concrete" in str(caught.value)
+    assert f"varlen_{op}" in str(caught.value)
+
+
+def test_torch_data_loader_pins_and_moves(torch):
+    xp = need("torch")
+    arr = make(xp)
+    rows = scree.unpack(arr)
+    loader = torch.utils.data.DataLoader(rows, batch_size=2, collate_fn=scree.pack)
+    got = list(loader)
+    assert [len(a) for a in got] == [2, 2, 1]
+    np.testing.assert_array_equal(xp.to_np(scree.concat(got).values), xp.to_np(arr.values))
+
+
+# MLX
+
+
+def test_mlx_grad_and_compile():
+    xp = need("mlx")
+    mx = xp.module
+    # Rows of one length: MLX builds a program with the C++ compiler for every new fusion.
+    arr = batch(xp, (3, 0, 3), (2, 4))
+
+    def loss(values):
+        a = kernels.varlen_rmsnorm(arr.with_values(values))
+        return (kernels.varlen_softmax(a) * a).values.sum()
+
+    def attend(values):
+        a = arr.with_values(values)
+        return kernels.varlen_attention(a, a, a, causal=True).values.sum()
+
+    np.testing.assert_allclose(
+        xp.to_np(mx.compile(mx.grad(loss))(arr.values)), xp.to_np(mx.grad(loss)(arr.values)), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(xp.to_np(mx.compile(attend)(arr.values)), xp.to_np(attend(arr.values)), rtol=1e-4)
+
+
+def test_mlx_compile_of_the_operations():
+    xp = need("mlx")
+    mx = xp.module
+    arr = make(xp)
+
+    def all_of_them(values):
+        a = arr.with_values(values)
+        padded, mask = scree.to_padded(a, "left", 0.5)
+        return padded, mask, scree.from_padded(padded, scree.to_padded(arr, "left")[1]).values, a[1:].values, a[3]
+
+    for x, y in zip(mx.compile(all_of_them)(arr.values), all_of_them(arr.values), strict=True):
+        np.testing.assert_array_equal(xp.to_np(x), xp.to_np(y))
+
+
+def test_mlx_says_what_a_trace_cannot_know():
+    xp = need("mlx")
+    mx = xp.module
+
+    def inside(values, offsets):
+        return kernels.varlen_softmax(scree.Array(values, offsets), implementation="reference").values
+
+    arr = make(xp)
+    with raises(NotImplementedError, "concrete"):
+        mx.compile(inside)(arr.values, arr.offsets)
