@@ -1,0 +1,58 @@
+"""The commands and their options. What they do stands in one file a command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import scree
+
+from . import _demo, _doctor
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"scree {scree.__version__}")
+        raise typer.Exit
+
+
+@app.callback(help="Ragged arrays for every framework.")
+def _scree(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+@app.command(help="Embed Python's own documentation with a real model, padded and packed, and compare the two.")
+def demo(
+    question: Annotated[
+        str | None, typer.Argument(help="Find the five docstrings nearest to it.", show_default=False)
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The framework: {', '.join(_demo.BACKENDS)}. Default: the first of these that is installed."
+        ),
+    ] = None,
+    texts: Annotated[
+        str | None,
+        typer.Option(
+            help="How many docstrings, spread evenly over all of them, or 'all'. "
+            "Default: what takes a minute or two on two CPU cores."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where to save the picture (.png, .svg or .pdf).")] = Path(
+        "scree-demo.png"
+    ),
+) -> None:
+    _demo.run(question, backend, texts, output)
+
+
+@app.command(help="List the frameworks, devices and implementations found here, and why each missing one is missing.")
+def doctor() -> None:
+    _doctor.run()
