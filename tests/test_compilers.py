@@ -8,7 +8,7 @@ import pytest
 import conftest
 import oracle
 import scree
-from cases import batch, normal
+from cases import batch, normal, with_spare
 from expect import raises
 from scree import kernels
 from test_array import LENGTHS, make, rows_of
@@ -143,6 +143,46 @@ def test_jax_vmap_over_values():
     np.testing.assert_array_equal(many.values, stacked + 1)
 
 
+def on_capacity(a):
+    """Compute all that looks at where the sequences of a capacity Array end."""
+    padded, mask = scree.to_padded(a, "left", 0.5, max_length=6)
+    angles = a.values[:6, :1] * 0 + 0.5
+    turned = kernels.varlen_rope(a, angles, angles, start=1)
+    norm, mean = kernels.varlen_rmsnorm(a), kernels.varlen_layernorm(a)
+    ids = scree.segment_ids(a), scree.position_ids(a), scree.position_ids(a, start=3)
+    return norm.values, mean.values, turned.values, padded, mask, *ids, a.lengths
+
+
+def assert_spare_is_left_out(xp, got):
+    """Compare with what the same sequences give without spare values; these are NaN."""
+    norm, mean, turned, padded, mask, ids, places, shifted, lengths = (xp.to_np(x) for x in got)
+    data = xp.to_np(make(xp).values)
+    spare = np.zeros((4, 2))
+    np.testing.assert_allclose(norm, np.concatenate([oracle.rmsnorm(data), spare]), rtol=1e-5)
+    np.testing.assert_allclose(mean, np.concatenate([oracle.layernorm(data), spare]), rtol=1e-5, atol=1e-6)
+    half = np.full((6, 1), 0.5)
+    want = oracle.rope(data, oracle.offsets_of(LENGTHS), half, half, start=1)
+    np.testing.assert_allclose(turned, np.concatenate([want, spare]), rtol=1e-5)
+    rows = [*rows_of(xp, make(xp)), spare[:0], spare[:0]]
+    want, want_mask = oracle.to_padded(rows, (2,), np.float32, "left", 0.5, 6)
+    np.testing.assert_array_equal(padded, want)
+    np.testing.assert_array_equal(mask, want_mask)
+    assert ids.tolist() == [1, 1, 1, 2, 3, 3, 3, 3, 3, 7, 7, 7, 7]
+    assert places.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 0, 0, 0]
+    assert shifted.tolist() == [3, 4, 5, 3, 3, 4, 5, 6, 7, 0, 0, 0, 0]
+    assert lengths.tolist() == [*LENGTHS, 0, 0]
+
+
+def test_jax_knows_spare_values_under_jit():
+    xp = need("jax")
+    full = with_spare(xp, make(xp), 7, 13)
+    assert_spare_is_left_out(xp, xp.module.jit(on_capacity)(full))
+    leaves, structure = xp.module.tree_util.tree_flatten(full)
+    assert xp.module.tree_util.tree_unflatten(structure, leaves).validate().total_length == 13
+    with raises(NotImplementedError, "concrete"):
+        xp.module.jit(lambda a: scree.concat([a, a]))(full)
+
+
 def jax_traces(batches):
     """Count how often one jitted program is traced over these Arrays."""
     import jax
@@ -249,6 +289,14 @@ def test_torch_compile_of_the_operations(torch):
     got = torch.compile(all_of_them, fullgraph=True, backend="eager")(arr)
     for x, y in zip(got, all_of_them(arr), strict=True):
         assert (x == y) if isinstance(x, int) else torch.equal(x, y)
+
+
+def test_torch_knows_spare_values_when_compiling(torch):
+    xp = need("torch")
+    full = with_spare(xp, make(xp), 7, 13)
+    assert_spare_is_left_out(xp, torch.compile(on_capacity, fullgraph=True, backend="eager")(full))
+    leaves, structure = torch.utils._pytree.tree_flatten(full)
+    assert torch.utils._pytree.tree_unflatten(leaves, structure).validate().total_length == 13
 
 
 def test_torch_compile_makes_arrays_inside(torch):

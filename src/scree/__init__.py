@@ -1,6 +1,6 @@
 """Ragged arrays for every framework: one type for variable-length sequences, and the kernels that run on it."""
 
-from . import kernels
+from . import bridges, kernels
 from ._array import Array
 from ._packing import (
     concat,
@@ -18,6 +18,7 @@ from ._version import __version__
 __all__ = [
     "Array",
     "__version__",
+    "bridges",
     "concat",
     "from_cu_seqlens",
     "from_lengths",

@@ -8,24 +8,15 @@ from typing import Any, SupportsIndex, cast, overload
 
 import numpy as np
 
-from . import _backends, _check, _layout, _offsets
+from . import _backends, _check, _layout, _offsets, _rows
 from ._backends import Backend, Dense, backend_of
 from ._backends._protocol import HostInts
 from ._html import raggedness
 from ._offsets import Structure
+from ._operators import Operators
 
 
-def _elementwise(operation: Callable[[Any, Any], Any], reflected: bool = False) -> Callable[[Array, Any], Array]:
-    def method(self: Array, other: Any) -> Array:
-        operand = self._operand(other)
-        if operand is NotImplemented:
-            return NotImplemented
-        return self.with_values(operation(operand, self.values) if reflected else operation(self.values, operand))
-
-    return method
-
-
-class Array:
+class Array(Operators):
     """Join sequences of different lengths in one dense array, without padding.
 
     Sequence i is ``values[offsets[i]:offsets[i + 1]]`` along `ragged_dim`. An Array is immutable, holds exactly what
@@ -60,9 +51,6 @@ class Array:
     """
 
     __slots__ = ("__weakref__", "_offsets", "_ragged_dim", "_structure", "_values")
-
-    __array_ufunc__ = None  # NumPy's operators leave an Array on their right to us
-    __hash__ = None  # type: ignore[assignment]  # == is elementwise
 
     _values: Dense
     _offsets: Dense
@@ -220,76 +208,6 @@ class Array:
         """
         return self.with_values(fn(self._values))
 
-    def _operand(self, other: Any) -> Any:
-        if isinstance(other, Array):
-            return self._beside(other)
-        if isinstance(other, (bool, int, float, complex, np.generic)):
-            return other
-        if getattr(other, "shape", None) == () and _backends.find_backend(other) is self._xp:
-            return other
-        return NotImplemented
-
-    def _beside(self, other: Array) -> Dense:
-        """The values of an Array of equal structure, or the error that says how the structures differ."""
-        _check.same_framework(self._xp, other._values, "arithmetic: the other Array", "this one")
-        if other._offsets is not self._offsets:
-            shapes = (self.batch_size, self.total_length), (other.batch_size, other.total_length)
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"arithmetic: Arrays of unequal structure, batch_size and total_length {shapes[0]} and {shapes[1]}"
-                )
-            mine, theirs = (a._host_offsets("arithmetic between Arrays with two offsets arrays") for a in (self, other))
-            differ = mine != theirs
-            if differ.any():
-                i = int(differ.argmax())
-                raise ValueError(
-                    f"arithmetic: Arrays of unequal structure, offsets[{i}] is {mine[i]} in one and {theirs[i]} in the other"
-                )
-        if other._ragged_dim != self._ragged_dim:
-            raise ValueError(
-                f"arithmetic: Arrays of unequal structure, ragged_dim {self._ragged_dim} and {other._ragged_dim}"
-            )
-        return other._values
-
-    __add__ = _elementwise(operator.add)
-    __radd__ = _elementwise(operator.add, reflected=True)
-    __sub__ = _elementwise(operator.sub)
-    __rsub__ = _elementwise(operator.sub, reflected=True)
-    __mul__ = _elementwise(operator.mul)
-    __rmul__ = _elementwise(operator.mul, reflected=True)
-    __truediv__ = _elementwise(operator.truediv)
-    __rtruediv__ = _elementwise(operator.truediv, reflected=True)
-    __floordiv__ = _elementwise(operator.floordiv)
-    __rfloordiv__ = _elementwise(operator.floordiv, reflected=True)
-    __mod__ = _elementwise(operator.mod)
-    __rmod__ = _elementwise(operator.mod, reflected=True)
-    __pow__ = _elementwise(operator.pow)
-    __rpow__ = _elementwise(operator.pow, reflected=True)
-    __and__ = _elementwise(operator.and_)
-    __rand__ = _elementwise(operator.and_, reflected=True)
-    __or__ = _elementwise(operator.or_)
-    __ror__ = _elementwise(operator.or_, reflected=True)
-    __xor__ = _elementwise(operator.xor)
-    __rxor__ = _elementwise(operator.xor, reflected=True)
-    __lt__ = _elementwise(operator.lt)
-    __le__ = _elementwise(operator.le)
-    __gt__ = _elementwise(operator.gt)
-    __ge__ = _elementwise(operator.ge)
-    __eq__ = _elementwise(operator.eq)  # type: ignore[assignment]
-    __ne__ = _elementwise(operator.ne)  # type: ignore[assignment]
-
-    def __pos__(self) -> Array:
-        return self.with_values(+self._values)
-
-    def __neg__(self) -> Array:
-        return self.with_values(-self._values)
-
-    def __abs__(self) -> Array:
-        return self.with_values(abs(self._values))
-
-    def __invert__(self) -> Array:
-        return self.with_values(~self._values)
-
     def astype(self, dtype: Any) -> Array:
         """Cast the values to `dtype`: the framework's own, or a name such as ``"float32"``. Same offsets object."""
         return self.with_values(self._xp.astype(self._values, dtype))
@@ -372,9 +290,9 @@ class Array:
                 return self._span(host, start, max(start, stop))
             return self._chosen(host, np.arange(start, stop, step))
         if hasattr(key, "__index__") and not isinstance(key, (bool, np.bool_)) and getattr(key, "ndim", 0) == 0:
-            row = self._row_number(operator.index(key))
+            row = _rows.number(operator.index(key), self.batch_size)
             return self._between(int(host[row]), int(host[row + 1]))
-        return self._chosen(host, self._row_numbers(key))
+        return self._chosen(host, _rows.numbers(key, self.batch_size))
 
     def _between(self, start: int, stop: int) -> Dense:
         return self._values[(*(slice(None),) * self._ragged_dim, slice(start, stop))]
@@ -387,30 +305,6 @@ class Array:
     def _chosen(self, host: HostInts, rows: HostInts) -> Array:
         values, offsets = _layout.rows_to(self._xp, self._values, host, rows, self._ragged_dim)
         return from_host_offsets(self._xp, values, offsets, self._ragged_dim, like=self._offsets)
-
-    def _row_number(self, row: int) -> int:
-        if not -self.batch_size <= row < self.batch_size:
-            raise IndexError(f"row {row} of an Array with batch_size {self.batch_size}")
-        return row % self.batch_size
-
-    def _row_numbers(self, key: Any) -> HostInts:
-        xp = _backends.find_backend(key)
-        if isinstance(key, (tuple, str, bytes, bool, np.bool_)) or key is None or key is Ellipsis:
-            raise TypeError(
-                f"indexing: got {key!r}; an Array is indexed by rows only: an int, a slice, a list, or a mask"
-            )
-        if xp is not None and not (_check.is_integer(xp.dtype_name(key)) or xp.dtype_name(key) == "bool"):
-            raise TypeError(f"indexing: got dtype {xp.dtype_name(key)}; needs integers or bools")
-        chosen = np.asarray(key if xp is None else xp.to_host(key))
-        if chosen.dtype == np.bool_:
-            if chosen.shape != (self.batch_size,):
-                raise IndexError(f"indexing: the bool mask has shape {chosen.shape}; needs ({self.batch_size},)")
-            return np.flatnonzero(chosen)
-        rows = _check.host_ints(key if xp is None else chosen, "indexing")
-        outside = (rows < -self.batch_size) | (rows >= self.batch_size)
-        if outside.any():
-            raise IndexError(f"row {rows[outside.argmax()]} of an Array with batch_size {self.batch_size}")
-        return np.where(rows < 0, rows + self.batch_size, rows)
 
     # Meeting other programs.
 

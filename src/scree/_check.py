@@ -95,9 +95,11 @@ def integers(xp: Backend, x: Dense, name: str) -> None:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}; needs one axis")
     if xp.dtype_name(x).startswith("uint"):
         try:
-            x[:1] - x[:1]
+            _ = x[:1] - x[:1]
         except (NotImplementedError, RuntimeError):
-            raise TypeError(f"{name}: {xp.NAME} cannot calculate with {xp.dtype_name(x)}; needs int32 or int64") from None
+            raise TypeError(
+                f"{name}: {xp.NAME} cannot calculate with {xp.dtype_name(x)}; needs int32 or int64"
+            ) from None
 
 
 def host_offsets(offsets: HostInts, total: int, spare: bool) -> None:
@@ -156,7 +158,8 @@ def fill_value(value: Any, dtype_name: str) -> Any:
             raise ValueError(f"fill_value: got {value!r}; dtype {dtype_name} holds integers from {low} to {high}")
         return number
     largest = _LARGEST.get(dtype_name, _FLOAT64_END)
-    if abs(value) > largest and abs(value) != math.inf:
+    size = abs(cast(float, value))
+    if size > largest and size != math.inf:
         raise ValueError(f"fill_value: got {value!r:.40}; dtype {dtype_name} ends at {largest:.6g}")
     return float(value)
 

@@ -37,6 +37,8 @@ def take_tokens(xp: Backend, values: Dense, index: HostInts, axis: int) -> Dense
         return xp.adopt(np.take(host, index, axis=axis), values)
     if index.size == 0:
         return values[(*(slice(None),) * axis, slice(0, 0))]
+    if values.shape[axis] < 2**31:
+        index = index.astype(np.int32, copy=False)
     return xp.take(values, xp.asarray(index, values), axis)
 
 

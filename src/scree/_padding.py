@@ -94,6 +94,7 @@ def from_padded(padded: Dense, mask: Dense) -> Array:
     if padded.ndim < 2:
         raise ValueError(f"padded: got shape {tuple(padded.shape)}; needs (B, N, *features)")
     _check.same_framework(xp, mask, "mask", "padded")
+    _check.dense(mask, "from_padded: mask")
     _check.same_device(xp, mask, padded, "mask", "padded")
     if tuple(mask.shape) != tuple(padded.shape[:2]):
         raise ValueError(

@@ -59,9 +59,9 @@ def concat(arrays: Sequence[Dense], axis: int) -> Dense:
         raise TypeError("concat: the arrays have different dtypes")
     if torch.compiler.is_compiling():
         return torch.cat(tuple(arrays), dim=axis)
-    sizes = [x.shape[axis] for x in arrays]
-    if 0 in sizes and [x.ndim for x in arrays].count(first.ndim) != len(arrays):  # torch.cat would drop shape (0,)
+    if [x.ndim for x in arrays].count(first.ndim) != len(arrays):  # torch.cat drops empty ones of shape (0,)
         raise ValueError("concat: the arrays have different numbers of axes")
+    sizes = [x.shape[axis] for x in arrays]
     out = _room_for(first, sizes, axis)
     if out is None or (torch.is_grad_enabled() and any(x.requires_grad for x in arrays)):
         return torch.cat(tuple(arrays), dim=axis)

@@ -125,7 +125,7 @@ def _first_installed() -> str:
 def _check_packages() -> None:
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        _fail(f'needs {" and ".join(missing)}, not installed here: pip install "scree[demo]"')
+        _fail(f'needs {", ".join(missing)}; not installed here: pip install "scree[demo]"')
 
 
 def _load(name: str) -> Native:

@@ -10,7 +10,6 @@ import numpy as np
 from .._array import Array, expect_array
 from .._backends import Dense, backend_of, load
 from .._backends._protocol import HostArray
-from .._offsets import Structure
 from ._handover import concrete, library, readable
 
 # Of the floating dtypes that NumPy lacks: the integers that hold their bits while they pass through it.
@@ -60,8 +59,9 @@ def to_torch(arr: Array) -> Array:
     """Bring an Array to PyTorch.
 
     Copies only what PyTorch cannot see where it is: NumPy arrays that are read-only, unaligned, of foreign byte order
-    or with negative strides, MLX arrays that are not contiguous, and memory of a device that PyTorch has no build for.
-    Everything else is shared, and must not be written to where the other framework's arrays are immutable (JAX, MLX).
+    or with negative strides, MLX arrays that are not contiguous, CuPy arrays with negative strides, and memory of a
+    device that PyTorch has no build for.
+    What is shared must not be written to where the other framework's arrays are immutable (JAX, MLX).
 
     Parameters
     ----------
@@ -71,7 +71,8 @@ def to_torch(arr: Array) -> Array:
     Returns
     -------
     Array
-        The same dtypes, on the device where `arr` is. It requires no gradients: none cross from another framework.
+        The same dtypes, on the device where `arr` is; but uint16, uint32 and uint64 offsets, with which PyTorch cannot
+        calculate, become int64. It requires no gradients: none cross from another framework.
 
     Raises
     ------
@@ -109,7 +110,7 @@ def to_torch(arr: Array) -> Array:
             return torch.from_dlpack(lent)
         return adopted(_on_host("to_torch", lent))
 
-    return _moved("to_torch", "torch", arr, bring)
+    return _moved("to_torch", "torch", arr, bring, offsets_to=dict.fromkeys(("uint16", "uint32", "uint64"), "int64"))
 
 
 def to_jax(arr: Array) -> Array:
@@ -168,7 +169,12 @@ def to_jax(arr: Array) -> Array:
 
     has_cuda = jax.default_backend() in ("gpu", "cuda")
     wide = jax.dtypes.canonicalize_dtype("int64").name == "int64"
-    return _moved("to_jax", "jax", arr, bring, wide_offsets=wide)
+    if not wide and isinstance(arr, Array) and arr.total_length >= 2**31:
+        raise ValueError(
+            f"to_jax: the offsets of total_length {arr.total_length} need int64 and JAX's 64-bit types are off; set "
+            "jax_enable_x64"
+        )
+    return _moved("to_jax", "jax", arr, bring, offsets_to={} if wide else {"int64": "int32", "uint64": "int32"})
 
 
 def to_mlx(arr: Array) -> Array:
@@ -260,31 +266,31 @@ def to_cupy(arr: Array) -> Array:
     return _moved("to_cupy", "cupy", arr, bring)
 
 
-def _moved(op: str, framework: str, arr: Array, bring: Callable[[Dense], Dense], *, wide_offsets: bool = True) -> Array:
-    """Make the Array of the other framework: `bring` takes one dense array there; what the host knows goes along."""
+def _moved(
+    op: str,
+    framework: str,
+    arr: Array,
+    bring: Callable[[Dense], Dense],
+    offsets_to: dict[str, str] | None = None,
+) -> Array:
+    """Make the Array of the other framework: `bring` takes one dense array there; what the host knows goes along.
+
+    `offsets_to` names the dtypes that offsets get instead of those that the other framework cannot use.
+    """
     expect_array(op, arr)
-    target = load(framework)
-    if arr._xp is target:
+    source, target = arr._xp, load(framework)
+    if source is target:
         return arr
     concrete(op, arr)
     arr._known_offsets()  # noted on the way, where that waits for nothing
     structure, offsets = arr._moved_structure(), arr.offsets
-    if not wide_offsets and arr._xp.dtype_name(offsets) in ("int64", "uint64"):
-        offsets = _narrow_offsets(op, arr, structure)
+    dtype = (offsets_to or {}).get(source.dtype_name(offsets))
+    if dtype is not None:
+        offsets = source.astype(offsets, dtype)
+        structure.host = None if structure.host is None else structure.host.astype(dtype)
     moved = Array._make(bring(arr.values), bring(offsets), arr.ragged_dim, structure)
     on_host = target.EAGER and target.host_view(moved.offsets) is not None
     return moved.validate() if on_host else moved
-
-
-def _narrow_offsets(op: str, arr: Array, structure: Structure) -> Dense:
-    if arr.total_length >= 2**31:
-        raise ValueError(
-            f"{op}: the offsets of total_length {arr.total_length} need int64 and JAX's 64-bit types are off; set "
-            "jax_enable_x64"
-        )
-    if structure.host is not None:
-        structure.host = structure.host.astype(np.int32)
-    return arr._xp.astype(arr.offsets, "int32")
 
 
 def _memory(x: Dense) -> int:
@@ -320,7 +326,8 @@ def _lent_by_mlx(x: Dense, _compact: bool) -> Dense:
 
 
 def _lent_by_cupy(x: Dense, compact: bool) -> Dense:
-    return x.copy() if compact and not x.flags.c_contiguous else x
+    reversed_axes = any(stride < 0 for stride in x.strides)  # PyTorch aborts the process at them
+    return x.copy() if reversed_axes or (compact and not x.flags.c_contiguous) else x
 
 
 # What a framework wants done before another may read its arrays; without an entry, nothing.

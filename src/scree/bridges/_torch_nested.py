@@ -5,11 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .._array import Array, expect_array
-from .._backends import Dense
 from ._handover import library, used_values
-
-# nested_tensor_from_jagged does arithmetic on the offsets that torch has not for these.
-_NO_ARITHMETIC = ("uint16", "uint32", "uint64")
 
 
 def to_torch_nested(arr: Array) -> Any:
@@ -36,8 +32,7 @@ def to_torch_nested(arr: Array) -> Any:
     -----
     The shortest and the longest length go along where the host knows them; the device is never waited for. A nested
     tensor has no place for spare values (`scree.with_capacity`): it gets a view of those in use, for which the offsets
-    must be on the host or are copied there, once. Offsets of an unsigned dtype wider than 8 bits, for which PyTorch
-    lacks arithmetic, become int64, once for all Arrays that share them.
+    must be on the host or are copied there, once.
 
     Examples
     --------
@@ -54,24 +49,14 @@ def to_torch_nested(arr: Array) -> Any:
             f"to_torch_nested: arr is of {arr._xp.NAME}; needs torch; scree.bridges.to_torch brings it there"
         )
     known = arr._structure
-    values, offsets = used_values("to_torch_nested", arr), _offsets_of(arr)
+    values = used_values("to_torch_nested", arr)
     if arr._known_offsets() is not None:
         shortest, longest = arr.min_length, arr.max_length
     else:
         shortest, longest = known.min_length, known.max_length
     return torch.nested.nested_tensor_from_jagged(
-        values, offsets, jagged_dim=arr.ragged_dim + 1, min_seqlen=shortest, max_seqlen=longest
+        values, arr.offsets, jagged_dim=arr.ragged_dim + 1, min_seqlen=shortest, max_seqlen=longest
     )
-
-
-def _offsets_of(arr: Array) -> Dense:
-    xp = arr._xp
-    if xp.dtype_name(arr.offsets) not in _NO_ARITHMETIC:
-        return arr.offsets
-    kept = arr._structure.derived  # one tensor for all: nested tensors go together only with the same offsets object
-    if "to_torch_nested" not in kept:
-        kept["to_torch_nested"] = xp.astype(arr.offsets, "int64")
-    return kept["to_torch_nested"]
 
 
 def from_torch_nested(nested: Any) -> Array:

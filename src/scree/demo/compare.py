@@ -57,9 +57,7 @@ class _Meter:
         return x
 
 
-def run_padded(
-    tokens: scree.Array, model: Model[Any], native: Native, on_batch: Callable[[int], None] | None = None
-) -> Way:
+def run_padded(tokens: scree.Array, model: Model, native: Native, on_batch: Callable[[int], None] | None = None) -> Way:
     """Embed texts in padded batches, `TEXTS_A_BATCH` at a time in the order in which they come.
 
     Parameters
@@ -84,9 +82,7 @@ def run_padded(
     return Way(np.concatenate(embeddings), places, meter.n_bytes, time.perf_counter() - began)
 
 
-def run_packed(
-    tokens: scree.Array, model: Model[Any], native: Native, on_batch: Callable[[int], None] | None = None
-) -> Way:
+def run_packed(tokens: scree.Array, model: Model, native: Native, on_batch: Callable[[int], None] | None = None) -> Way:
     """Embed texts in packed batches, as many at a time as have `TOKENS_A_BATCH` tokens. Parameters as `run_padded`.
 
     Notes

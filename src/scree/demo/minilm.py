@@ -16,7 +16,7 @@ from .native import Dense, Native
 from .pretrained import Layer, Linear, Model
 
 
-def embed(tokens: scree.Array, model: Model[Any], native: Native, seen: Callable[[Any], Any] = lambda x: x) -> Dense:
+def embed(tokens: scree.Array, model: Model, native: Native, seen: Callable[[Any], Any] = lambda x: x) -> Dense:
     """Embed a packed batch of texts.
 
     Parameters
@@ -48,13 +48,11 @@ def embed(tokens: scree.Array, model: Model[Any], native: Native, seen: Callable
     return pooled / (pooled * pooled).sum(-1)[:, None] ** 0.5
 
 
-def _encode(
-    x: scree.Array, layer: Layer[Any], model: Model[Any], native: Native, seen: Callable[[Any], Any]
-) -> scree.Array:
-    def linear(x: scree.Array, part: Linear[Any]) -> scree.Array:
+def _encode(x: scree.Array, layer: Layer, model: Model, native: Native, seen: Callable[[Any], Any]) -> scree.Array:
+    def linear(x: scree.Array, part: Linear) -> scree.Array:
         return seen(x.map(lambda values: native.linear(values, *part)))
 
-    def heads(part: Linear[Any]) -> scree.Array:
+    def heads(part: Linear) -> scree.Array:
         return linear(x, part).map(lambda values: values.reshape(values.shape[0], model.n_heads, -1))  # (T, H, D)
 
     attended = seen(varlen_attention(heads(layer.query), heads(layer.key), heads(layer.value)))

