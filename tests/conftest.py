@@ -105,6 +105,16 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(names, rows, ids=ids)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests of gradients where no framework here has any, instead of skipping each."""
+    empty = [
+        i for i in items if any("empty parameter set" in m.kwargs.get("reason", "") for m in i.iter_markers("skip"))
+    ]
+    if empty:
+        config.hook.pytest_deselected(items=empty)
+        items[:] = [i for i in items if i not in set(empty)]
+
+
 def _poisoned(make, fill):
     def fresh(*args, **kwargs):
         return fill(make(*args, **kwargs))

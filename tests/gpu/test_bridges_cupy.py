@@ -16,6 +16,8 @@ if not cupy.cuda.runtime.getDeviceCount():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 OFFSETS = np.array([0, 0, 3, 4, 9, 9], np.int32)
+pytestmark = pytest.mark.gpu
+
 DTYPES = ("bool", "int8", "uint8", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 
 

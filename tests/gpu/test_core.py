@@ -11,6 +11,8 @@ import pytest
 import scree
 from scree import kernels
 
+pytestmark = pytest.mark.gpu
+
 LENGTHS = (3, 0, 7, 1, 12, 0)
 
 

@@ -34,14 +34,14 @@ def varlen_rmsnorm(arr: Array, weight: Dense | None = None, eps: float = 1e-6) -
 
 
 def _rsqrt(xp: Backend, x: Dense) -> Dense:
-    """1 / sqrt(x). A compiler may divide a lone token by one number in another way than many tokens by one each."""
     return 1.0 / xp.sqrt(x)
 
 
 def _mean(xp: Backend, x: Dense) -> Dense:
     """The mean over the last axis, (..., 1): the sum by halves, in elementwise additions.
 
-    How a framework's own sum groups its terms may depend on how many tokens there are, and with it a token's last bit.
+    How a framework's own sum groups its terms may depend on how many tokens there are, and with it a token's last bit;
+    and a compiler may turn a division by a broadcast number into a product for some shapes. Products stay products.
     """
     n = features = x.shape[-1]
     while n > 1:
@@ -49,4 +49,4 @@ def _mean(xp: Backend, x: Dense) -> Dense:
         folded = x[..., : n - half] + x[..., half:n]
         x = xp.concat([folded, x[..., n - half : half]], x.ndim - 1) if n % 2 else folded
         n = half
-    return x / max(features, 1)
+    return x * (1.0 / max(features, 1))
