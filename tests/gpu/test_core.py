@@ -11,7 +11,7 @@ import pytest
 import scree
 from scree import kernels
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")]
 
 LENGTHS = (3, 0, 7, 1, 12, 0)
 

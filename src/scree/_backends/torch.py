@@ -209,11 +209,13 @@ def host_view(x: Dense) -> HostArray | None:
         return None
     if (x.requires_grad and torch.is_grad_enabled()) or _is_wrapped(x) or _is_recorded() or _is_dual(x):
         return None
-    x = x.detach()
     if x.is_conj() or x.is_neg():
         return None
-    if x.dtype in _NUMPY_LACKS:
-        x = x.view(_STAND_IN[x.dtype.itemsize])
+    if x.requires_grad or x.dtype in _NUMPY_LACKS:
+        if torch._C._are_functorch_transforms_active():  # whose views of x are wrappers without memory
+            return None
+        x = x.detach()
+        x = x.view(_STAND_IN[x.dtype.itemsize]) if x.dtype in _NUMPY_LACKS else x
     return x.numpy()
 
 
