@@ -201,6 +201,9 @@ def _is_recorded() -> bool:
 
 
 def to_host(x: Dense) -> HostArray:
+    if torch._C._are_functorch_transforms_active():
+        with torch._C._DisableFuncTorch():
+            return x.detach().cpu().numpy()
     return x.detach().cpu().numpy()
 
 
@@ -211,12 +214,15 @@ def host_view(x: Dense) -> HostArray | None:
         return None
     if x.is_conj() or x.is_neg():
         return None
-    if x.requires_grad or x.dtype in _NUMPY_LACKS:
-        if torch._C._are_functorch_transforms_active():  # whose views of x are wrappers without memory
-            return None
-        x = x.detach()
-        x = x.view(_STAND_IN[x.dtype.itemsize]) if x.dtype in _NUMPY_LACKS else x
-    return x.numpy()
+    if torch._C._are_functorch_transforms_active():  # whose views, of anything, are wrappers without memory
+        with torch._C._DisableFuncTorch():
+            return _bits(x)
+    return _bits(x)
+
+
+def _bits(x: Dense) -> HostArray:
+    x = x.detach()
+    return (x.view(_STAND_IN[x.dtype.itemsize]) if x.dtype in _NUMPY_LACKS else x).numpy()
 
 
 def _is_dual(x: Dense) -> bool:
