@@ -94,6 +94,27 @@ def _as_tokens(x: HostArray, lead: int) -> HostArray | None:
     return flat.view(np.dtype((np.void, size)))[..., 0]
 
 
+_BLOCK = 1 << 15  # elements: what is checked is still in the cache when it is converted
+
+
+def bools_of(mask: HostArray) -> HostArray | None:
+    """The integers of a mask as bools, or None where one is neither 0 nor 1."""
+    flat = np.ascontiguousarray(mask).reshape(-1)
+    unsigned = flat.view(f"u{flat.itemsize}")  # as unsigned integers the negative ones are large
+    bools = np.empty(flat.shape, np.bool_)
+    for start in range(0, flat.size, _BLOCK):
+        block = unsigned[start : start + _BLOCK]
+        if block.max() > 1:
+            return None
+        bools[start : start + _BLOCK] = block
+    return bools.reshape(mask.shape)
+
+
+def counts(mask: HostArray) -> HostInts:
+    """How many places of each row of a bool mask (B, N) are true. (B,)."""
+    return mask.view(np.uint8).sum(axis=1, dtype=np.int32 if mask.shape[1] < 2**31 else np.int64)
+
+
 def padding_index(xp: Backend, offsets: Dense, n: int, total: int, side: str) -> tuple[Dense, Dense]:
     """Where each padded place comes from in the values, and whether it does: two (B, n), on the device of offsets."""
     if total + n >= 2**31:

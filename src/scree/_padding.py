@@ -106,7 +106,7 @@ def from_padded(padded: Dense, mask: Dense) -> Array:
             "call it outside of the compiled function"
         )
     keep = _host_mask(xp, mask)
-    offsets = _offsets.from_lengths(np.count_nonzero(keep, axis=1))
+    offsets = _offsets.from_lengths(_layout.counts(keep))
     view = xp.host_view(padded)
     if view is not None:
         values = xp.adopt(_layout.unpad_host(view, keep), padded)
@@ -124,11 +124,9 @@ def _host_mask(xp: Backend, mask: Dense) -> HostArray:
     if not (_check.is_integer(name) or _check.is_floating(name)):
         raise TypeError(f"mask: got dtype {name}; needs bool, integer or floating")
     view = xp.host_view(mask) if _check.is_integer(name) else None
-    if view is not None:
-        # as unsigned integers the negative ones are large: one pass over the mask
-        bad = view.size > 0 and int(view.view(f"u{view.itemsize}").max()) > 1
-        if not bad:
-            return view.astype(np.bool_)
+    bools = None if view is None else _layout.bools_of(view)
+    if bools is not None:
+        return bools
     ones = mask == 1
     odd = xp.to_host(ones == (mask == 0))
     if odd.any():
