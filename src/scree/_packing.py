@@ -53,11 +53,11 @@ def pack(arrays: Iterable[Dense], ragged_dim: int = 0) -> Array:
     first = rows[0]
     xp = _check.dense(first, "pack: arrays[0]")
     dim = _check.axis(ragged_dim, first.ndim, of="arrays[0]")
-    if set(map(type, rows)) != {type(first)}:
+    if list(map(type, rows)).count(type(first)) != len(rows):
         _check.same_kinds("pack", rows, dim)
     try:
-        lengths = np.fromiter(map(len, rows) if dim == 0 else (row.shape[dim] for row in rows), np.int64, len(rows))
-        values = xp.concat(rows, dim)
+        lengths = xp.sizes(rows, dim)
+        values = xp.concat(rows, dim, lengths)
     except JOINING_FAILED as failed:
         _check.odd_one_out("pack", rows, dim, failed)
     return from_host_offsets(xp, values, _offsets.from_lengths(lengths), dim)

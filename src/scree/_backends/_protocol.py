@@ -65,8 +65,12 @@ class Backend(Protocol):
 
     # Moving elements.
 
-    def concat(self, arrays: Sequence[Dense], axis: int) -> Dense:
-        """Join one or more arrays along `axis`.
+    def sizes(self, arrays: Sequence[Dense], axis: int) -> HostInts:
+        """Return how long each array is along `axis`."""
+        ...
+
+    def concat(self, arrays: Sequence[Dense], axis: int, sizes: HostInts | None = None) -> Dense:
+        """Join one or more arrays along `axis`; `sizes`, where the caller has them, are not asked for again.
 
         Raises `ValueError` or `TypeError` where their dtypes, devices or other axes differ: never promotes.
         """

@@ -35,7 +35,11 @@ def full(shape: tuple[int, ...], value: Any, like: Dense) -> Dense:
         return cp.full(shape, value, dtype=like.dtype)
 
 
-def concat(arrays: Sequence[Dense], axis: int) -> Dense:
+def sizes(arrays: Sequence[Dense], axis: int) -> HostInts:
+    return np.fromiter([x.shape[axis] for x in arrays], np.int64, len(arrays))
+
+
+def concat(arrays: Sequence[Dense], axis: int, sizes: HostInts | None = None) -> Dense:
     first = arrays[0]
     if [x.dtype for x in arrays].count(first.dtype) != len(arrays):  # CuPy would promote
         raise TypeError("concat: the arrays have different dtypes")

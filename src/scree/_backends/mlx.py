@@ -36,7 +36,11 @@ def full(shape: tuple[int, ...], value: Any, like: Dense) -> Dense:
     return mx.full(shape, mx.array(value, dtype=like.dtype))
 
 
-def concat(arrays: Sequence[Dense], axis: int) -> Dense:
+def sizes(arrays: Sequence[Dense], axis: int) -> HostInts:
+    return np.fromiter([x.shape[axis] for x in arrays], np.int64, len(arrays))
+
+
+def concat(arrays: Sequence[Dense], axis: int, sizes: HostInts | None = None) -> Dense:
     if [x.dtype for x in arrays].count(arrays[0].dtype) != len(arrays):  # MLX would promote
         raise TypeError("concat: the arrays have different dtypes")
     return mx.concatenate(list(arrays), axis=axis)

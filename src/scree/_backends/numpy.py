@@ -33,7 +33,13 @@ def full(shape: tuple[int, ...], value: Any, like: Dense) -> Dense:
     return np.full(shape, value, dtype=like.dtype)
 
 
-def concat(arrays: Sequence[Dense], axis: int) -> Dense:
+def sizes(arrays: Sequence[Dense], axis: int) -> HostInts:
+    if axis == 0:
+        return np.fromiter(map(len, arrays), np.int64, len(arrays))
+    return np.fromiter([x.shape[axis] for x in arrays], np.int64, len(arrays))
+
+
+def concat(arrays: Sequence[Dense], axis: int, sizes: HostInts | None = None) -> Dense:
     return np.concatenate(arrays, axis=axis, dtype=arrays[0].dtype, casting="no")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -52,32 +52,43 @@ def full(shape: tuple[int, ...], value: Any, like: Dense) -> Dense:
     return torch.full(shape, value, dtype=like.dtype, device=like.device)
 
 
-def concat(arrays: Sequence[Dense], axis: int) -> Dense:
+def sizes(arrays: Sequence[Dense], axis: int) -> HostInts:
+    return np.fromiter([x.shape[axis] for x in arrays], np.int64, len(arrays))
+
+
+_sizes = sizes  # concat has an argument of that name
+
+
+def concat(arrays: Sequence[Dense], axis: int, sizes: HostInts | None = None) -> Dense:
     first = arrays[0]
     dtype = first.dtype
     if [x.dtype for x in arrays].count(dtype) != len(arrays):  # torch would promote
         raise TypeError("concat: the arrays have different dtypes")
     if torch.compiler.is_compiling():
         return torch.cat(tuple(arrays), dim=axis)
-    if [x.ndim for x in arrays].count(first.ndim) != len(arrays):  # torch.cat drops empty ones of shape (0,)
+    lengths = _sizes(arrays, axis) if sizes is None else sizes
+    # torch.cat drops empty tensors of shape (0,) whatever the others are
+    if not lengths.all() and [x.ndim for x in arrays].count(first.ndim) != len(arrays):
         raise ValueError("concat: the arrays have different numbers of axes")
-    sizes = [x.shape[axis] for x in arrays]
-    out = _room_for(first, sizes, axis)
-    if out is None or (torch.is_grad_enabled() and any(x.requires_grad for x in arrays)):
-        return torch.cat(tuple(arrays), dim=axis)
-    return torch.cat(tuple(arrays), dim=axis, out=out)
+    out = _room_for(first, int(lengths.sum()), axis)
+    if out is not None and torch.is_grad_enabled() and any(x.requires_grad for x in arrays):
+        out = None
+    try:
+        return torch.cat(cast("list[Any]", arrays), dim=axis, out=out)
+    except RuntimeError as failed:  # the shapes or the devices differ
+        raise ValueError(str(failed)) from failed
 
 
-def _room_for(first: Dense, sizes: list[int], axis: int) -> Dense | None:
+def _room_for(first: Dense, length: int, axis: int) -> Dense | None:
     """Uninitialised host memory, from NumPy, for the joined tensor; None where torch may as well find its own."""
-    size = first.dtype.itemsize * builtins.sum(sizes)
+    size = first.dtype.itemsize * length
     for i, n in enumerate(first.shape):
         size *= 1 if i == axis else n
     if size < _NUMPY_ALLOCATES_FROM or first.device.type != "cpu" or type(first) not in _PLAIN or _is_recorded():
         return None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
-    shape = (*first.shape[:axis], builtins.sum(sizes), *first.shape[axis + 1 :])
+    shape = (*first.shape[:axis], length, *first.shape[axis + 1 :])
     return torch.from_numpy(np.empty(size, np.uint8)).view(first.dtype).view(shape)
 
 
