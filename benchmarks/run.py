@@ -1,6 +1,7 @@
-"""Benchmarks: ``python benchmarks/run.py core`` prints a table and saves it to ``benchmarks/results/``.
+"""Benchmarks: ``python benchmarks/run.py core`` prints a table, and saves it to ``benchmarks/results/``.
 
-``python benchmarks/run.py core --table`` prints the saved one again, as Markdown; the documentation quotes only that.
+``docs/benchmarks.md`` is made from what was saved; ``python benchmarks/run.py core --document`` makes it again without
+measuring.
 """
 
 from __future__ import annotations
@@ -9,25 +10,26 @@ import argparse
 import json
 import sys
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import measure
 
 DEVICE = "cpu-2-cores"
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
 
 def main() -> None:
     """Measure, or print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=["core"])
-    parser.add_argument("--table", action="store_true", help="print the saved results, and measure nothing")
+    parser.add_argument("--document", action="store_true", help="write the page of saved results, and measure nothing")
     parser.add_argument("--results", default=DEVICE, metavar="NAME", help="the file in benchmarks/results")
     parser.add_argument("--sequences", type=int, nargs="+", help="only batches of so many sequences; nothing is saved")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
     arguments = parser.parse_args()
-    if arguments.table:
-        path = measure.RESULTS / f"{arguments.results}.json"
-        print(table(json.loads(path.read_text())[arguments.part]))
+    if arguments.document:
+        PAGE.write_text(page())
         return
     import bench_core
 
@@ -40,6 +42,23 @@ def main() -> None:
     print(table(measured))
     if not arguments.sequences:
         print(f"saved to {measure.save(arguments.results, arguments.part, measured)}")
+        PAGE.write_text(page())
+
+
+def page() -> str:
+    """Write the page of the documentation: every saved part, by the file that it is in."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `python benchmarks/run.py` from `benchmarks/results/`: every contender in the same run, in turn, its",
+        "result compared with ours first. The goal for a row above 1 ms is at most 1.05 of the fastest contender that is",
+        "not compiled, and below 1 ms at most 10 us over it, checks included. The copy floor is the time to copy as many",
+        "bytes as the result holds, in memory that is warm.",
+    ]
+    for path in sorted(measure.RESULTS.glob("*.json")):
+        for part, measured in json.loads(path.read_text()).items():
+            lines += ["", f"## {part}: {path.stem}", "", table(measured)]
+    return "\n".join(lines) + "\n"
 
 
 def table(measured: dict[str, Any]) -> str:

@@ -334,8 +334,8 @@ class Array(Operators):
 
 
 CONCRETE_OFFSETS = (
-    "needs concrete offsets, and these are traced by a compiler or a transformation; pack outside of the compiled "
-    "function and close over the Array, or call this outside of it"
+    "needs concrete offsets, and these are traced by a compiler or a transformation; call this outside of the compiled "
+    "function, or (JAX, MLX) close over an Array that was packed there"
 )
 
 _NO_OFFSETS = np.empty(0, np.int32)

@@ -1,6 +1,6 @@
 """Bridges on a GPU machine: CuPy, PyTorch and JAX share CUDA memory; NumPy gets copies.
 
-One command runs all of this: ``python -m pytest tests/gpu``.
+One command runs all of this: ``python -m pytest -m gpu tests/gpu``.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """The core on a GPU machine: CuPy, PyTorch and JAX on a device give what NumPy gives, and wait for it only where said.
 
-One command runs all of this: ``python -m pytest tests/gpu``.
+One command runs all of this: ``python -m pytest -m gpu tests/gpu``.
 """
 
 from __future__ import annotations
