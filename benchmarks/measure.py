@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -20,20 +21,23 @@ RESULTS = Path(__file__).parent / "results"
 def interleaved(
     contenders: dict[str, Callable[[], Any]], seconds: float, most: int = 1001
 ) -> dict[str, dict[str, Any]]:
-    """Run every contender once a round, in turn, until the time is spent; give the median and the quartiles in ms.
+    """Run every contender once a round until the time is spent; give the median and the quartiles in ms.
 
-    Results are freed outside of the timed span, before the next contender runs, and garbage is collected before the
+    Each round has an order of its own, so that none always finds the caches and the memory that the same other one
+    left. Results are freed outside of the timed span, before the next contender runs, and garbage is collected before the
     first round only.
     """
-    spent = {name: _seconds(run) for name, run in contenders.items()}  # the first run warms up, and is not counted
-    spent = {name: _seconds(run) for name, run in contenders.items()}
+    spent = {name: _seconds(run) for name, run in contenders.items()}  # warms up, and is not counted
     rounds = max(5, min(most, int(seconds / sum(spent.values()))))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     gc.collect()
     gc.disable()
     try:
+        order = list(contenders.items())
+        shuffle = random.Random(0).shuffle
         for _ in range(rounds):
-            for name, run in contenders.items():
+            shuffle(order)
+            for name, run in order:
                 times[name].append(_seconds(run))
     finally:
         gc.enable()
