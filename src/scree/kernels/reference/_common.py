@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..._array import Array
-from ..._backends import Backend, Dense
+from ..._backends import Dense
 from ..._layout import moved_from_front, moved_to_front
+from ..._offsets import is_used
 
 
 def rows_of(op: str, arr: Array) -> list[Dense]:
@@ -40,10 +41,6 @@ def used_only(arr: Array, x: Dense) -> Dense:
     xp = arr._xp
     if not arr._structure.spare:
         return x
-    used = _used(xp, arr)
+    used = is_used(xp, arr.offsets, arr.total_length)
     shape = tuple(-1 if i == arr.ragged_dim else 1 for i in range(x.ndim))
     return xp.where(used.reshape(shape), x, xp.full((), 0, x))
-
-
-def _used(xp: Backend, arr: Array) -> Dense:
-    return xp.arange(arr.total_length, arr.offsets) < arr.offsets[-1]
