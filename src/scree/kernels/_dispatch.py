@@ -41,6 +41,13 @@ class Impl(NamedTuple):
 
 _REFERENCE = Impl("reference", ".reference")
 
+
+def _triton(*dtypes: str) -> Impl:
+    return Impl("triton", ".triton", backends=("torch",), devices=("cuda",), dtypes=dtypes)
+
+
+_HALVES_AND_SINGLE = ("float16", "bfloat16", "float32")
+
 # op -> implementations, the best one first
 TABLE: dict[str, tuple[Impl, ...]] = {
     "varlen_attention": (_REFERENCE,),

@@ -1,0 +1,95 @@
+"""The fast kernels for CUDA devices, in Triton: one source for NVIDIA from sm_80 on, and for AMD.
+
+The names are here everywhere. Without PyTorch, Triton or a GPU, calling one says what is missing and how to install it.
+The ``_triton`` functions take tensors and `cu_seqlens`; those with the names of the front door are what
+`scree.kernels` calls.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from ... import _backends
+from ..._array import Array
+from ..._backends import Backend
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "varlen_attention",
+    "varlen_attention_triton",
+    "varlen_layernorm",
+    "varlen_layernorm_triton",
+    "varlen_reduce",
+    "varlen_rmsnorm",
+    "varlen_rmsnorm_triton",
+    "varlen_rope",
+    "varlen_softmax",
+]
+
+# op -> the module here that launches its kernels
+_HOSTS = {
+    "varlen_attention": "_attention",
+    "varlen_layernorm": "_norm",
+    "varlen_reduce": "_reduce",
+    "varlen_rmsnorm": "_norm",
+    "varlen_rope": "_rope",
+    "varlen_softmax": "_softmax",
+}
+
+_LOADED: dict[str, Any] = {}
+
+
+def varlen_attention(q: Array, k: Array, v: Array, causal: bool = False, **options: Any) -> tuple[Array, Array] | Array:
+    """Compute `scree.kernels.varlen_attention`."""
+    return _host("varlen_attention").varlen_attention(q, k, v, causal, **options)
+
+
+def why_not(op: str, *args: Any, **options: Any) -> str | None:
+    """Say what speaks against computing this call here: what is not installed, or what the kernel does not serve."""
+    missing = _missing()
+    return missing if missing is not None else _host(op).why_not(op, *args, **options)
+
+
+def _missing() -> str | None:
+    """What has to be installed before any kernel can run, or None."""
+    if _LOADED:
+        return None
+    if importlib.util.find_spec("torch") is None:
+        return "it needs PyTorch, which is not installed: pip install 'scree[torch]'"
+    if importlib.util.find_spec("triton") is None:
+        return "it needs Triton, which is not installed: pip install triton (it comes with PyTorch for CUDA and ROCm)"
+    return None
+
+
+def _host(op: str) -> Any:
+    """The module that launches the kernels of an op."""
+    found = _LOADED.get(op)
+    if found is None:
+        _load()
+        found = _LOADED[op]
+    return found
+
+
+def _load() -> None:
+    missing = _missing()
+    if missing is not None:
+        raise NotImplementedError(f"scree.kernels.triton: {missing}")
+    for op, name in _HOSTS.items():
+        _LOADED[op] = importlib.import_module(f".{name}", __name__)
+
+
+def _load_for(backend: Backend) -> None:
+    """Load with PyTorch where it was built for GPUs: a compiler that traces the first call cannot import."""
+    if backend.NAME != "torch" or _missing() is not None:
+        return
+    import torch
+
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        _load()
+
+
+_backends.on_load(_load_for)
