@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import triton
-from torch._C import _cuda_getCurrentRawStream as current_stream  # pyright: ignore[reportAttributeAccessIssue]
 
 from ..._backends.torch import is_traced
+
+current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # a PyTorch without CUDA has none
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton runs kernels in Python (``TRITON_INTERPRET=1``), so that tensors on the CPU serve."""
