@@ -9,6 +9,8 @@ import triton
 
 from ..._backends.torch import is_recorded
 
+current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # a PyTorch without CUDA has none
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton runs kernels in Python (``TRITON_INTERPRET=1``), so that tensors on the CPU serve."""
 
