@@ -50,7 +50,7 @@ _HALVES_AND_SINGLE = ("float16", "bfloat16", "float32")
 
 # op -> implementations, the best one first
 TABLE: dict[str, tuple[Impl, ...]] = {
-    "varlen_attention": (_REFERENCE,),
+    "varlen_attention": (_triton(*_HALVES_AND_SINGLE), _REFERENCE),
     "varlen_layernorm": (_REFERENCE,),
     "varlen_reduce": (_REFERENCE,),
     "varlen_rmsnorm": (_REFERENCE,),

@@ -33,11 +33,6 @@ __all__ = [
 # op -> the module here that launches its kernels
 _HOSTS = {
     "varlen_attention": "_attention",
-    "varlen_layernorm": "_norm",
-    "varlen_reduce": "_reduce",
-    "varlen_rmsnorm": "_norm",
-    "varlen_rope": "_rope",
-    "varlen_softmax": "_softmax",
 }
 
 _LOADED: dict[str, Any] = {}
@@ -46,6 +41,76 @@ _LOADED: dict[str, Any] = {}
 def varlen_attention(q: Array, k: Array, v: Array, causal: bool = False, **options: Any) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`."""
     return _host("varlen_attention").varlen_attention(q, k, v, causal, **options)
+
+
+def varlen_attention_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    causal: bool = False,
+    *,
+    cu_seqlens_k: torch.Tensor | None = None,
+    scale: float | None = None,
+    window_size: tuple[int | None, int | None] = (None, None),
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+    """Attend within each sequence of packed tensors, as `scree.kernels.varlen_attention` does for Arrays.
+
+    Parameters
+    ----------
+    q : tensor of (T, H, D), float16, bfloat16 or float32, on a CUDA device
+        Any strides: a view of a joint QKV tensor is not copied where its last axis is dense.
+    k, v : tensor of (T_k, K, D) and (T_k, K, D_v)
+        Of the same dtype; H is a multiple of K; D and D_v up to 256.
+    cu_seqlens : tensor of (B + 1,), integer
+        Sequence i of q is ``q[cu_seqlens[i]:cu_seqlens[i + 1]]``. Never copied to the host. Where it does not start
+        at 0, falls, or goes past T, the result is zero throughout.
+    causal, scale, window_size, softcap, sinks
+        As in `scree.kernels.varlen_attention`.
+    cu_seqlens_k : tensor of (B + 1,), integer, optional
+        Of k and v, where they are not q's.
+    return_lse : bool
+        Return the LSE too.
+
+    Returns
+    -------
+    o : tensor of (T, H, D_v), in the dtype of q
+        Zero for tokens beyond ``cu_seqlens[-1]``.
+    lse : tensor of (T, H), float32
+        Only with `return_lse`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument does not fit; it is named, with what it got and what it needs.
+    NotImplementedError
+        Triton or a CUDA device is missing, or the kernel does not serve the dtype or the head dim.
+
+    Notes
+    -----
+    Differentiable in q, k, v and sinks; two runs give the same bits, and a row does not depend, bit for bit, on what it
+    is batched with. Where each program works is kept with `cu_seqlens`, so that all layers share it.
+
+    References
+    ----------
+    Dao, "FlashAttention-2", 2023, algorithms 1 and 2.
+    """
+    return _host("varlen_attention").varlen_attention_triton(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        causal,
+        cu_seqlens_k=cu_seqlens_k,
+        scale=scale,
+        window_size=window_size,
+        softcap=softcap,
+        sinks=sinks,
+        return_lse=return_lse,
+    )
 
 
 def why_not(op: str, *args: Any, **options: Any) -> str | None:

@@ -6,12 +6,16 @@ from typing import Any
 
 import torch
 import triton
-from torch._C import _cuda_getCurrentRawStream as current_stream  # pyright: ignore[reportAttributeAccessIssue]
 
 from ..._backends.torch import is_traced
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton runs kernels in Python (``TRITON_INTERPRET=1``), so that tensors on the CPU serve."""
+
+
+def current_stream(device: int) -> int:
+    """The current stream of a device, as a number."""
+    return torch._C._cuda_getCurrentRawStream(device)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Launcher:

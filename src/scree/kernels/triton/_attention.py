@@ -1,0 +1,320 @@
+"""Attention on CUDA: from the public calls to the kernels, with gradients, compilers and transformations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..._array import Array
+from ..._offsets import Structure
+from .. import _contract
+from . import _attention_launch as _launch
+from ._attention_launch import Options
+from ._launch import is_plain, refuse_device
+from ._tiles import Kept
+
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+_OP = "varlen_attention"
+
+
+def why_not(op: str, q: Array, k: Array, v: Array, *args: Any, **options: Any) -> str | None:
+    """Say what speaks against computing this call here."""
+    for name, arr in (("q", q), ("v", v)):
+        width = arr.values.shape[2]
+        if width > _launch.WIDEST:
+            return f"its tiles hold a head_dim up to {_launch.WIDEST}, {name} has {width}"
+    return None
+
+
+def varlen_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int | None, int | None] = (None, None),
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[Array, Array] | Array:
+    """Compute `scree.kernels.varlen_attention`, whose arguments the front door has checked."""
+    queries: torch.Tensor = q._values
+    options = Options.of(causal, scale, window_size, softcap, queries.shape[2])
+    o, lse = _attend(
+        queries, k._values, v._values, sinks, q._offsets, k._offsets, options, q._structure.derived, k._structure.derived
+    )
+    result = q.with_values(o)
+    return (result, q.with_values(lse.t())) if return_lse else result
+
+
+def varlen_attention_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    causal: bool = False,
+    *,
+    cu_seqlens_k: torch.Tensor | None = None,
+    scale: float | None = None,
+    window_size: tuple[int | None, int | None] = (None, None),
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+    """Compute attention on tensors; `scree.kernels.triton.varlen_attention_triton` has the contract."""
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    if not _is_sound(q, k, v, cu_seqlens, cu_seqlens_k, sinks, scale, window_size, softcap):
+        scale, window_size, softcap = _checked(
+            q, k, v, cu_seqlens, cu_seqlens_k, causal, scale, window_size, softcap, sinks, return_lse
+        )
+    options = Options.of(causal, scale, window_size, softcap, q.shape[2])
+    o, lse = _attend(
+        q, k, v, sinks, cu_seqlens, cu_seqlens_k, options, _kept_with(cu_seqlens), _kept_with(cu_seqlens_k)
+    )
+    return (o, lse.t()) if return_lse else o
+
+
+def _is_sound(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: Any,
+    window_size: Any,
+    softcap: Any,
+) -> bool:
+    """Whether the arguments are plainly right, in as little time as that takes; those that are not are looked at again."""
+    if not (type(q) is type(k) is type(v) is type(cu_q) is type(cu_k) is torch.Tensor):
+        return False
+    shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    device = q.device
+    return (
+        len(shape) == len(k_shape) == len(v_shape) == 3
+        and q.dtype in _DTYPES
+        and q.dtype == k.dtype == v.dtype
+        and device.type == "cuda"
+        and device == k.device == v.device == cu_q.device == cu_k.device
+        and 0 < shape[2] == k_shape[2]
+        and max(shape[2], v_shape[2]) <= _launch.WIDEST
+        and k_shape[:2] == v_shape[:2]
+        and k_shape[1] > 0
+        and shape[1] % k_shape[1] == 0
+        and cu_q.dtype == cu_k.dtype == torch.int32
+        and cu_q.ndim == 1
+        and cu_q.shape == cu_k.shape
+        and cu_q.shape[0] > 0
+        and sinks is None
+        and scale is None
+        and softcap is None
+        and type(window_size) is tuple
+        and window_size == (None, None)
+    )
+
+
+def _checked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    window_size: Any,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    return_lse: bool,
+) -> tuple[float | None, tuple[int | None, int | None], float | None]:
+    """Check the arguments as the front door does, with its messages."""
+    op = "varlen_attention_triton"
+    for name, x in (("q", q), ("k", k), ("v", v), ("cu_seqlens", cu_q), ("cu_seqlens_k", cu_k)):
+        if not isinstance(x, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{op}: {name} is {type(x).__name__}; needs a torch.Tensor")
+    for name, x in (("cu_seqlens", cu_q), ("cu_seqlens_k", cu_k)):
+        if x.ndim != 1 or x.shape[0] == 0 or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            raise ValueError(f"{op}: {name} is {x.dtype} of shape {tuple(x.shape)}; needs integers (batch_size + 1,)")
+        if x.device != q.device:
+            raise ValueError(f"{op}: {name} is on {x.device}, q on {q.device}; they must agree")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; needs (T, heads, head_dim)")
+    arrays = [Array._make(x, cu, 0, Structure()) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))]
+    options = _contract.attention(
+        *arrays, causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks, return_lse=return_lse
+    )
+    refuse_device(op, "q", q)
+    if q.dtype not in _DTYPES:
+        raise NotImplementedError(f"{op}: q has dtype {q.dtype}; serves float16, bfloat16 and float32")
+    against = why_not(_OP, *arrays)
+    if against is not None:
+        raise NotImplementedError(f"{op}: {against}")
+    return options.scale, options.window_size, options.softcap
+
+
+def _kept_with(offsets: torch.Tensor) -> Kept | None:
+    """The dictionary that is kept with a `cu_seqlens`; None for an inference tensor, which hides when it is written to."""
+    if not is_plain(offsets) or offsets.is_inference():
+        return None
+    kept: Kept | None = getattr(offsets, "_scree_kept", None)
+    if kept is None:
+        kept = {}
+        offsets._scree_kept = kept  # pyright: ignore[reportAttributeAccessIssue]
+    return kept
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    options: Options,
+    kept_q: Kept | None,
+    kept_k: Kept | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """O (T, H, D_v) and LSE (H, T)."""
+    if q.is_cuda and torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if not is_plain(q, k, v, cu_q, cu_k, sinks):
+        return torch.ops.scree.attention(q, k, v, sinks, cu_q, cu_k, *options)
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+    ):
+        return _Attention.apply(q, k, v, sinks, cu_q, cu_k, options, kept_q, kept_k)  # pyright: ignore[reportReturnType]
+    return _launch.forward(q, k, v, sinks, cu_q, cu_k, options, kept_q)
+
+
+class _Attention(torch.autograd.Function):
+    """The kernels to autograd, where nothing but autograd looks on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        cu_q: torch.Tensor,
+        cu_k: torch.Tensor,
+        options: Options,
+        kept_q: Kept | None,
+        kept_k: Kept | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        o, lse = _launch.forward(q, k, v, sinks, cu_q, cu_k, options, kept_q)
+        ctx.save_for_backward(q, k, v, sinks, cu_q, cu_k, o, lse)
+        ctx.options, ctx.kept = options, (kept_q, kept_k)
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
+        q, k, v, sinks, cu_q, cu_k, o, lse = ctx.saved_tensors
+        if do is None and dlse is None:
+            return (None,) * 9
+        grads = _launch.backward(do, dlse, q, k, v, sinks, cu_q, cu_k, o, lse, ctx.options, *ctx.kept)
+        return *grads, None, None, None, None, None
+
+
+# The same as operators of PyTorch's library, for compilers, exports and torch.func.
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor cu_q, Tensor cu_k"
+_OPTIONS = "int left, int right, float scale, float softcap"
+
+
+@torch.library.custom_op(
+    "scree::attention", mutates_args=(), schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)"
+)
+def _attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _launch.forward(q, k, v, sinks, cu_q, cu_k, Options(left, right, scale, softcap), None)
+
+
+@_attention_op.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total, heads, _ = q.shape
+    return q.new_empty((total, heads, v.shape[2])), q.new_empty((heads, total), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "scree::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor do, Tensor dlse, {_INPUTS}, Tensor o, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _attention_backward_op(
+    do: torch.Tensor,
+    dlse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    options = Options(left, right, scale, softcap)
+    dq, dk, dv, dsinks = _launch.backward(do, dlse, q, k, v, sinks, cu_q, cu_k, o, lse, options, None, None)
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
+
+
+@_attention_backward_op.register_fake
+def _(
+    do: torch.Tensor,
+    dlse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    return grads[0], grads[1], grads[2], q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, sinks, cu_q, cu_k, *options = inputs
+    ctx.save_for_backward(q, k, v, sinks, cu_q, cu_k, *output)
+    ctx.options = options
+
+
+def _backward(ctx: Any, do: torch.Tensor, dlse: torch.Tensor) -> tuple[Any, ...]:
+    q, k, v, sinks, cu_q, cu_k, o, lse = ctx.saved_tensors
+    dq, dk, dv, dsinks = torch.ops.scree.attention_backward(
+        do, dlse, q, k, v, sinks, cu_q, cu_k, o, lse, *ctx.options
+    )
+    return dq, dk, dv, None if sinks is None else dsinks, *(None,) * 6
+
+
+_attention_op.register_autograd(_backward, setup_context=_setup_context)
