@@ -4,12 +4,10 @@ Both compute the probabilities again from the LSE (FlashAttention-2, algorithm 2
 in a fixed order, so that two runs give the same bits.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
-from ._attention_fwd_kernels import LOG2E, _load_block, _span, _tanh, _tile, _visible
+from ._attention_fwd_kernels import LOG2E, _load_block, _span, _tanh, _tile, _visible, _work
 from ._tiles_kernels import ABSENT
 
 
@@ -61,21 +59,25 @@ def _dq_blocks(
     return dq
 
 
-@triton.jit(do_not_specialize=["total_q", "scale", "softcap", "left", "right"])
+@triton.jit(do_not_specialize=["total_q", "slots", "scale", "softcap", "left", "right"])
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, tiles_ptr, dq_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, tiles_ptr, dq_ptr, delta_ptr, rows_ptr,
     stride_q_t: "i64", stride_q_h: "i64", stride_k_t: "i64", stride_k_h: "i64", stride_v_t: "i64", stride_v_h: "i64",
     stride_o_t: "i64", stride_o_h: "i64", stride_do_t: "i64", stride_do_h: "i64",
-    stride_dq_t: "i64", stride_dq_h: "i64", total_q: "i64", scale: "fp32", softcap: "fp32", left: "i32", right: "i32",
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    stride_dq_t: "i64", stride_dq_h: "i64", total_q: "i64", slots: "i32", scale: "fp32", softcap: "fp32", left: "i32", right: "i32",
+    GROUP: tl.constexpr, INNER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, DLSE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """dQ, and ``delta = sum(o * do) - dlse`` in `delta` (H, T), which the other kernel reads."""
-    kind, q_start, q_length, k_start, k_length, block = _tile(tiles_ptr, tl.program_id(0))
+    """dQ, and ``delta = sum(o * do) - dlse`` in `delta` (H, T).
+
+    For the other kernel it writes LSE and delta also to `rows` (H, slots, 2, BLOCK_M), where every tile is aligned and
+    is filled up with an LSE of +inf.
+    """
+    index, head = _work(slots, INNER)
+    kind, q_start, q_length, k_start, k_length, block, row = _tile(tiles_ptr, index)
     if kind == ABSENT:
         return
-    head = tl.program_id(1).to(tl.int64)
     local = tl.arange(0, BLOCK_M)
     rows = block * BLOCK_M + local
     inner = tl.arange(0, BLOCK_D)
@@ -103,6 +105,9 @@ def _attention_bwd_dq_kernel(
     if DLSE:
         delta -= tl.load(dlse_ptr + across, mask=there, other=0.0)
     tl.store(delta_ptr + across, delta, mask=there)
+    aligned = rows_ptr + (head * slots + q_start // BLOCK_M + row + block) * (2 * BLOCK_M) + local
+    tl.store(aligned, lse)
+    tl.store(aligned + BLOCK_M, delta)
 
     k_ptr += k_start * stride_k_t + head // GROUP * stride_k_h
     v_ptr += k_start * stride_v_t + head // GROUP * stride_v_h
@@ -147,11 +152,11 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit
 def _dkv_blocks(
-    dk, dv, k, v, q_ptr, q_desc, do_ptr, do_desc, lse_ptr, delta_ptr, stride_q_t, stride_do_t, cols, begin, end, shift,
+    dk, dv, k, v, q_ptr, q_desc, do_ptr, do_desc, rows_ptr, stride_q_t, stride_do_t, cols, begin, end, shift,
     q_length, left, right, scale, softcap,
-    BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, ROWS_TMA: tl.constexpr,
 ):  # fmt: skip
     inner = tl.arange(0, BLOCK_D)
     inner_v = tl.arange(0, BLOCK_D_V)
@@ -159,13 +164,13 @@ def _dkv_blocks(
         rows = at + tl.arange(0, BLOCK_M)
         q = _load_block(q_ptr, q_desc, at, q_length, stride_q_t, inner, BLOCK_M, D, BLOCK_D, TMA, MASKED)
         do = _load_block(do_ptr, do_desc, at, q_length, stride_do_t, inner_v, BLOCK_M, D_V, BLOCK_D_V, TMA, MASKED)
-        if MASKED:
-            lse = tl.load(lse_ptr + rows, mask=rows < q_length, other=float("inf"))
-            delta = tl.load(delta_ptr + rows, mask=rows < q_length, other=0.0)
+        aligned = at // BLOCK_ROWS * (2 * BLOCK_ROWS) + at % BLOCK_ROWS
+        if ROWS_TMA:
+            lse = rows_ptr.load([aligned])
+            delta = rows_ptr.load([aligned + BLOCK_ROWS])
         else:
-            lse = tl.load(lse_ptr + rows)
-            delta = tl.load(delta_ptr + rows)
-        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+            lse = tl.load(rows_ptr + aligned + tl.arange(0, BLOCK_M))
+            delta = tl.load(rows_ptr + aligned + BLOCK_ROWS + tl.arange(0, BLOCK_M))
         s = tl.dot(k, q.T, input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         # seen from the keys, the window lies the other way round
         p, slope = _scores(
@@ -181,21 +186,25 @@ def _dkv_blocks(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["total_q", "scale", "softcap", "left", "right"])
+@triton.jit(do_not_specialize=["slots", "slots_q", "scale", "softcap", "left", "right"])
 def _attention_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, tiles_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, rows_ptr, tiles_ptr, dk_ptr, dv_ptr,
     stride_q_t: "i64", stride_q_h: "i64", stride_k_t: "i64", stride_k_h: "i64", stride_v_t: "i64", stride_v_h: "i64",
     stride_do_t: "i64", stride_do_h: "i64", stride_dk_t: "i64", stride_dk_h: "i64", stride_dv_t: "i64",
-    stride_dv_h: "i64", total_q: "i64", scale: "fp32", softcap: "fp32", left: "i32", right: "i32",
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr,
+    stride_dv_h: "i64", slots: "i32", slots_q: "i64", scale: "fp32", softcap: "fp32", left: "i32", right: "i32",
+    GROUP: tl.constexpr, INNER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_ROWS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS_TMA: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV, summed over the query heads of the group; the map is that of the keys."""
-    kind, k_start, k_length, q_start, q_length, block = _tile(tiles_ptr, tl.program_id(0))
+    """dK and dV, summed over the query heads of the group; the map is that of the keys.
+
+    BLOCK_ROWS, the tile of the dQ kernel, is a multiple of BLOCK_M.
+    """
+    index, kv_head = _work(slots, INNER)
+    kind, k_start, k_length, q_start, q_length, block, row = _tile(tiles_ptr, index)
     if kind == ABSENT:
         return
-    kv_head = tl.program_id(1).to(tl.int64)
     local = tl.arange(0, BLOCK_N)
     cols = block * BLOCK_N + local
     inner = tl.arange(0, BLOCK_D)
@@ -216,41 +225,46 @@ def _attention_bwd_dkv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_D_V], tl.float32)
     shift = q_length - k_length
     begin, all_begin, all_end, end = _span(block, k_length, q_length, right, left, BLOCK_N, BLOCK_M, HAS_RIGHT, HAS_LEFT)
+    if TMA and not HAS_LEFT:  # rows beyond the last have an LSE of +inf, and the hardware reads zeros for them
+        all_end = tl.maximum(end, all_begin)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         q_base = q_ptr + q_start * stride_q_t + head * stride_q_h
         do_base = do_ptr + q_start * stride_do_t + head * stride_do_h
-        lse_base = lse_ptr + head * total_q + q_start
-        delta_base = delta_ptr + head * total_q + q_start
+        rows_base = rows_ptr + (head * slots_q + q_start // BLOCK_ROWS + row) * (2 * BLOCK_ROWS)
         if TMA:
             q_desc = tl.make_tensor_descriptor(q_base, [q_length, D], [stride_q_t, 1], [BLOCK_M, BLOCK_D])
             do_desc = tl.make_tensor_descriptor(do_base, [q_length, D_V], [stride_do_t, 1], [BLOCK_M, BLOCK_D_V])
         else:
             q_desc = q_base
             do_desc = do_base
+        if ROWS_TMA:
+            extent = (q_length + BLOCK_ROWS - 1) // BLOCK_ROWS * (2 * BLOCK_ROWS)
+            rows_base = tl.make_tensor_descriptor(rows_base, [extent], [1], [BLOCK_M])
         if WHOLE:
             dk, dv = _dkv_blocks(
-                dk, dv, k, v, q_base, q_desc, do_base, do_desc, lse_base, delta_base, stride_q_t, stride_do_t, cols,
-                begin, end, shift, q_length, left, right, scale, softcap, BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V,
-                HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, True,
+                dk, dv, k, v, q_base, q_desc, do_base, do_desc, rows_base, stride_q_t, stride_do_t, cols,
+                begin, end, shift, q_length, left, right, scale, softcap, BLOCK_ROWS, BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V,
+                HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, True, ROWS_TMA,
             )  # fmt: skip
         else:
             if HAS_RIGHT:
                 dk, dv = _dkv_blocks(
-                    dk, dv, k, v, q_base, q_desc, do_base, do_desc, lse_base, delta_base, stride_q_t, stride_do_t, cols,
+                    dk, dv, k, v, q_base, q_desc, do_base, do_desc, rows_base, stride_q_t, stride_do_t, cols,
                     begin, tl.minimum(all_begin, end), shift, q_length, left, right, scale, softcap,
-                    BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V, HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, True,
+                    BLOCK_ROWS, BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V, HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, True, ROWS_TMA,
                 )  # fmt: skip
             dk, dv = _dkv_blocks(
-                dk, dv, k, v, q_base, q_desc, do_base, do_desc, lse_base, delta_base, stride_q_t, stride_do_t, cols,
+                dk, dv, k, v, q_base, q_desc, do_base, do_desc, rows_base, stride_q_t, stride_do_t, cols,
                 all_begin, all_end, shift, q_length, left, right, scale, softcap,
-                BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V, HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, False,
+                BLOCK_ROWS, BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V, HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, False, ROWS_TMA,
             )  # fmt: skip
-            dk, dv = _dkv_blocks(
-                dk, dv, k, v, q_base, q_desc, do_base, do_desc, lse_base, delta_base, stride_q_t, stride_do_t, cols,
-                all_end, end, shift, q_length, left, right, scale, softcap,
-                BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V, HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, True,
-            )  # fmt: skip
+            if HAS_LEFT or not TMA:
+                dk, dv = _dkv_blocks(
+                    dk, dv, k, v, q_base, q_desc, do_base, do_desc, rows_base, stride_q_t, stride_do_t, cols,
+                    all_end, end, shift, q_length, left, right, scale, softcap,
+                    BLOCK_ROWS, BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V, HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, True, ROWS_TMA,
+                )  # fmt: skip
     tl.store(
         dk_ptr + base * stride_dk_t + kv_head * stride_dk_h + local[:, None] * stride_dk_t + inner[None, :],
         (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask,

@@ -1,7 +1,5 @@
 """Attention forward: one program a tile of queries and head, walking over the blocks of keys that the tile sees."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -13,7 +11,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _tile(tiles_ptr, index):
-    """A tile of the map: (kind, start, length, other_start, other_length, block), 64-bit where it is multiplied."""
+    """A tile of the map: (kind, start, length, other_start, other_length, block, row); 64 bits for what is multiplied."""
     entry = tiles_ptr + index.to(tl.int64) * FIELDS
     start = tl.load(entry).to(tl.int64)
     length = tl.load(entry + 1).to(tl.int32)
@@ -21,7 +19,16 @@ def _tile(tiles_ptr, index):
     other_length = tl.load(entry + 3).to(tl.int32)
     block = tl.load(entry + 4).to(tl.int32)
     kind = tl.load(entry + 5).to(tl.int32)
-    return kind, start, length, other_start, other_length, block
+    row = tl.load(entry + 6).to(tl.int64)
+    return kind, start, length, other_start, other_length, block, row
+
+
+@triton.jit
+def _work(slots, INNER: tl.constexpr):
+    """Which tile and which head a program works on: INNER heads of a tile side by side, then the next tile."""
+    program = tl.program_id(0)
+    outer = program // INNER
+    return outer % slots, (outer // slots * INNER + program % INNER).to(tl.int64)
 
 
 @triton.jit
@@ -125,13 +132,13 @@ def _fwd_blocks(
     return o, total, top
 
 
-@triton.jit(do_not_specialize=["total_q", "scale", "softcap", "left", "right"])
+@triton.jit(do_not_specialize=["total_q", "slots", "scale", "softcap", "left", "right"])
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, sinks_ptr, tiles_ptr, o_ptr, lse_ptr,
     stride_q_t: "i64", stride_q_h: "i64", stride_k_t: "i64", stride_k_h: "i64", stride_v_t: "i64", stride_v_h: "i64",
-    stride_o_t: "i64", stride_o_h: "i64", total_q: "i64", scale: "fp32", softcap: "fp32", left: "i32", right: "i32",
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    stride_o_t: "i64", stride_o_h: "i64", total_q: "i64", slots: "i32", scale: "fp32", softcap: "fp32", left: "i32", right: "i32",
+    GROUP: tl.constexpr, INNER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, SCALED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -139,10 +146,10 @@ def _attention_fwd_kernel(
 
     Scores are kept in base 2: ``top`` is the maximum so far of s * log2(e), ``total`` the sum of 2 ** (s * log2(e) - top).
     """
-    kind, q_start, q_length, k_start, k_length, block = _tile(tiles_ptr, tl.program_id(0))
+    index, head = _work(slots, INNER)
+    kind, q_start, q_length, k_start, k_length, block, _ = _tile(tiles_ptr, index)
     if kind == ABSENT:
         return
-    head = tl.program_id(1).to(tl.int64)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inner = tl.arange(0, BLOCK_D)
     inner_v = tl.arange(0, BLOCK_D_V)

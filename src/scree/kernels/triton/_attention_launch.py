@@ -15,6 +15,7 @@ from ._tiles import Kept
 
 WIDEST = 256
 _NO_LIMIT = -1
+_SHORT = 768  # tokens
 _LONGEST = 1 << 30  # no window reaches further, and sums with it fit in 32 bits
 
 
@@ -60,6 +61,10 @@ class Tiles(NamedTuple):
     step: int
     warps: int
     stages: int
+    tma: bool = True
+    whole: bool = False
+    rows_tma: bool = False
+    registers: int | None = None
 
 
 # (widest head dim up to, tiles). A result depends, bit for bit, on the step, and on nothing else here.
@@ -71,7 +76,7 @@ _HALF = {
 _SINGLE = {
     "fwd": ((64, Tiles(64, 32, 4, 1)), (128, Tiles(32, 32, 4, 1)), (256, Tiles(16, 16, 4, 1))),
     "dq": ((64, Tiles(32, 32, 4, 1)), (128, Tiles(32, 16, 4, 1)), (256, Tiles(16, 16, 4, 1))),
-    "dkv": ((64, Tiles(32, 32, 4, 1)), (128, Tiles(16, 32, 4, 1)), (256, Tiles(16, 16, 4, 1))),
+    "dkv": ((64, Tiles(32, 32, 4, 1)), (128, Tiles(32, 16, 4, 1)), (256, Tiles(16, 16, 4, 1))),
 }
 
 
@@ -87,6 +92,7 @@ class _Facts(NamedTuple):
     device: int
     dtype: torch.dtype
     group: int
+    inner: int
     head_dim: int
     v_dim: int
     has_left: bool
@@ -108,9 +114,12 @@ def _launcher(kernel: str, facts: _Facts) -> tuple[Launcher, Tiles]:
     if found is not None:
         return found
     itemsize = facts.dtype.itemsize
-    tiles = tiles_for(kernel, max(facts.head_dim, facts.v_dim), itemsize)
+    width = max(facts.head_dim, facts.v_dim)
+    tiles = tiles_for(kernel, width, itemsize)
+    tma = facts.tma and tiles.tma
     constants: dict[str, Any] = {
         "GROUP": facts.group,
+        "INNER": facts.inner,
         "D": facts.head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(facts.head_dim)),
         "D_V": facts.v_dim,
@@ -125,11 +134,15 @@ def _launcher(kernel: str, facts: _Facts) -> tuple[Launcher, Tiles]:
         constants |= {"SCALED": facts.scaled, "SINKS": facts.extra}
     if kernel == "dq":
         constants |= {"DLSE": facts.extra}
-    constants |= {"PRECISION": "ieee", "TMA": facts.tma, "WHOLE": False}
+    if kernel == "dkv":
+        constants |= {"BLOCK_ROWS": tiles_for("dq", width, itemsize).rows}
+    constants |= {"PRECISION": "ieee", "TMA": tma, "WHOLE": tiles.whole}
+    if kernel == "dkv":
+        constants |= {"ROWS_TMA": tma and tiles.rows_tma}
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     if not INTERPRETED:
-        options["enable_fp_fusion"] = True
-    made = Launcher(_KERNELS[kernel], facts.device, constants, workspace=facts.tma, **options), tiles
+        options |= {"enable_fp_fusion": True, "maxnreg": tiles.registers}
+    made = Launcher(_KERNELS[kernel], facts.device, constants, workspace=tma, **options), tiles
     _LAUNCHERS[(kernel, facts)] = made
     return made
 
@@ -142,6 +155,7 @@ def _facts(
     strides: tuple[int, ...],
     streamed: tuple[torch.Tensor, torch.Tensor],
     extra: torch.Tensor | None,
+    inner: int,
 ) -> _Facts:
     """What a kernel is compiled for; `streamed` are the tensors that it walks over."""
     device = device_number(q)
@@ -155,6 +169,7 @@ def _facts(
         device,
         q.dtype,
         heads[0] // heads[1],
+        inner,
         widths[0],
         widths[1],
         options.left >= 0,
@@ -166,6 +181,15 @@ def _facts(
         odd,
         None if extra is None else extra.dtype,
     )
+
+
+def _heads_side_by_side(heads: int, group: int, rows: int, offsets: torch.Tensor) -> int:
+    """How many heads of a tile run at the same time.
+
+    Of short sequences all: the heads of a token lie together in memory. Of long ones those that share keys and
+    values, which stay in the cache while the other tiles of the sequence need them.
+    """
+    return heads if rows <= _SHORT * (offsets.shape[0] - 1) else group
 
 
 def _has_tma(x: torch.Tensor) -> bool:
@@ -201,7 +225,8 @@ def forward(
     total, heads, head_dim = q.shape
     total_k, kv_heads, v_dim = v.shape
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    facts = _facts(q, (heads, kv_heads), (head_dim, v_dim), options, strides, (k, v), sinks)
+    inner = _heads_side_by_side(heads, heads // kv_heads, total_k, cu_k)
+    facts = _facts(q, (heads, kv_heads), (head_dim, v_dim), options, strides, (k, v), sinks, inner)
     launch, tiles = _launcher("fwd", facts)
     left, right, scale, softcap = options
     tile_map = _tiles.of(kept, _contiguous(cu_q), _contiguous(cu_k), total, total_k, tiles.rows, left, right)
@@ -209,9 +234,9 @@ def forward(
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
     sinks = lse if sinks is None else sinks.contiguous()
     launch(
-        (tile_map.slots, heads, 1),
+        (tile_map.slots * heads, 1, 1),
         (q, k, v, sinks, tile_map.tiles, o, lse),
-        (*strides, heads * v_dim, v_dim, total, scale, softcap, left, right),
+        (*strides, heads * v_dim, v_dim, total, tile_map.slots, scale, softcap, left, right),
     )
     return o, lse
 
@@ -243,26 +268,29 @@ def backward(
     left, right, scale, softcap = options
     cu_q, cu_k = _contiguous(cu_q), _contiguous(cu_k)
     inputs = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    last = (total, scale, softcap, left, right)
 
     strides = (*inputs, *o.stride()[:2], *do.stride()[:2])
-    facts = _facts(q, (heads, kv_heads), (head_dim, v_dim), options, strides, (k, v), dlse)
+    inner = _heads_side_by_side(heads, heads // kv_heads, total_k, cu_k)
+    facts = _facts(q, (heads, kv_heads), (head_dim, v_dim), options, strides, (k, v), dlse, inner)
     launch, tiles = _launcher("dq", facts)
     tile_map = _tiles.of(kept_q, cu_q, cu_k, total, total_k, tiles.rows, left, right)
+    slots = tile_map.slots
+    rows = torch.empty((heads, slots, 2, tiles.rows), dtype=torch.float32, device=q.device)
     launch(
-        (tile_map.slots, heads, 1),
-        (q, k, v, o, do, lse, lse if dlse is None else dlse, tile_map.tiles, dq, delta),
-        (*strides, heads * head_dim, head_dim, *last),
+        (slots * heads, 1, 1),
+        (q, k, v, o, do, lse, lse if dlse is None else dlse, tile_map.tiles, dq, delta, rows),
+        (*strides, heads * head_dim, head_dim, total, slots, scale, softcap, left, right),
     )
 
     strides = (*inputs, *do.stride()[:2])
-    facts = _facts(q, (heads, kv_heads), (head_dim, v_dim), options, strides, (q, do), None)
+    inner = _heads_side_by_side(kv_heads, 1, total, cu_q)
+    facts = _facts(q, (heads, kv_heads), (head_dim, v_dim), options, strides, (q, do), None, inner)
     launch, tiles = _launcher("dkv", facts)
     tile_map = _tiles.of(kept_k, cu_k, cu_q, total_k, total, tiles.rows, right, left)
     launch(
-        (tile_map.slots, kv_heads, 1),
-        (q, k, v, do, lse, delta, tile_map.tiles, dk, dv),
-        (*strides, kv_heads * head_dim, head_dim, kv_heads * v_dim, v_dim, *last),
+        (tile_map.slots * kv_heads, 1, 1),
+        (q, k, v, do, rows, tile_map.tiles, dk, dv),
+        (*strides, kv_heads * head_dim, head_dim, kv_heads * v_dim, v_dim, tile_map.slots, slots, scale, softcap, left, right),
     )
     dsinks = None
     if sinks is not None:  # the sink is a key without a value: its score has the gradient -p * delta

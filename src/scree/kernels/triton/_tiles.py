@@ -28,7 +28,7 @@ class TileMap(NamedTuple):
     ----------
     tiles : tensor of (slots, 8), int32 (int64 where an index needs it)
         A tile each: start and length of its sequence, start and length of the sequence on the other side, number of
-        the tile in its sequence, and kind.
+        the tile in its sequence, kind, and number of the sequence.
     slots : int
         The size of the grid.
     """

@@ -1,7 +1,5 @@
 """Which tile of which sequence each program works on, found on the device from the offsets alone."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -53,7 +51,7 @@ def _tile_of(
     there = (block >= 0) & (block * BLOCK < length)
     bucket = tl.where(there, tl.where(spare, 1, bucket), 0)
     kind = tl.where(there, tl.where(spare, SPARE, ROWS), ABSENT)
-    return start, length, other_start, tl.where(spare, 0, other_length), block, kind, bucket
+    return low, start, length, other_start, tl.where(spare, 0, other_length), block, kind, bucket
 
 
 @triton.jit
@@ -77,7 +75,7 @@ def _count_tiles_kernel(
     slot = tl.program_id(0) * LANES + tl.arange(0, LANES)
     bad = _are_bad(cu_ptr, slot, batch, total) | _are_bad(other_ptr, slot, batch, other_total)
     tl.atomic_max(counts_ptr + 2 * BUCKETS + tl.zeros_like(slot), bad.to(tl.int32), mask=bad)
-    _, _, _, _, _, _, bucket = _tile_of(
+    _, _, _, _, _, _, _, bucket = _tile_of(
         slot.to(tl.int64), cu_ptr, other_ptr, batch, total, left, right, halvings,
         BLOCK, OTHER, HAS_LEFT, HAS_RIGHT, BUCKETS,
     )  # fmt: skip
@@ -94,13 +92,14 @@ def _place_tiles_kernel(
     """Write each tile at its place, the costliest first; tiles of equal cost in any order."""
     slot = tl.program_id(0) * LANES + tl.arange(0, LANES)
     inside = slot < slots
-    start, length, other_start, other_length, block, kind, bucket = _tile_of(
+    row, start, length, other_start, other_length, block, kind, bucket = _tile_of(
         slot.to(tl.int64), cu_ptr, other_ptr, batch, total, left, right, halvings,
         BLOCK, OTHER, HAS_LEFT, HAS_RIGHT, BUCKETS,
     )  # fmt: skip
     bad = tl.load(counts_ptr + 2 * BUCKETS) != 0
     if bad:  # nothing in the offsets can be relied on: all rows get zeros
-        start = tl.zeros_like(start)
+        row = tl.zeros_like(start)
+        start = row
         length = start + total
         other_start = start
         other_length = start
@@ -120,3 +119,4 @@ def _place_tiles_kernel(
     tl.store(entry + 3, other_length.to(integer), mask=inside)
     tl.store(entry + 4, block.to(integer), mask=inside)
     tl.store(entry + 5, kind.to(integer), mask=inside)
+    tl.store(entry + 6, row.to(integer), mask=inside)
