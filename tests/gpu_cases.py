@@ -141,7 +141,7 @@ def check(case, dtype, factor=2.0):
     q, k, v, sinks = case.make(dtype)
     got = attend(q, k, v, sinks, case.options)
     want = attend(q, k, v, sinks, case.options, torch.float64, "reference")
-    for name, a, b in zip(NAMES, got, want, strict=True):
+    for name, a, b in zip(NAMES[: len(want)], got, want, strict=True):
         assert a.dtype is (torch.float32 if name in ("lse", "dsinks") else dtype)
         assert_near(a, b, torch.float32 if name == "lse" else dtype, 4 if name == "lse" else factor, f"{case}: {name}")
 
@@ -149,5 +149,7 @@ def check(case, dtype, factor=2.0):
 def assert_bits(a, b, what=""):
     """Require the same bits, NaN included."""
     assert a.shape == b.shape and a.dtype is b.dtype
+    if not a.numel():
+        return
     a, b = (x.detach().contiguous().view(torch.uint8) for x in (a, b))
     assert torch.equal(a, b), f"{what}: bits differ"
