@@ -8,7 +8,9 @@ A test that names one of these arguments is run once for every combination of
 - ``implementation``: each implementation in the dispatch table that serves the op, framework, device and dtype.
 
 ``SCREE_REQUIRE=numpy,torch,...`` makes a missing package a failure of the whole run; without it, one is left out and
-``test_backends.py`` shows one skip for it.
+``test_backends.py`` shows one skip for it. ``SCREE_TORCH_DEVICE=cuda`` puts PyTorch's arrays there. With
+``TRITON_INTERPRET=1`` the Triton kernels serve PyTorch on the CPU, where Triton's interpreter runs them.
+``SCREE_IMPLEMENTATION=triton`` leaves of the parametrised tests those of that implementation.
 """
 
 import importlib
@@ -85,6 +87,21 @@ def pytest_configure(config):
         raise pytest.UsageError("SCREE_REQUIRE names what cannot be imported: " + "; ".join(reasons))
 
 
+def _interpret_triton():
+    """Let the Triton kernels serve PyTorch on the CPU. The interpreter's bfloat16 arithmetic is wrong."""
+    from scree.kernels import _dispatch
+
+    def on_the_cpu(impl):
+        if impl.module != ".triton":
+            return impl
+        return impl._replace(
+            devices=("cpu", "cuda"), dtypes=tuple(d for d in impl.dtypes or frameworks.FLOATS if d != "bfloat16")
+        )
+
+    for op, implementations in _dispatch.TABLE.items():
+        _dispatch.TABLE[op] = tuple(on_the_cpu(impl) for impl in implementations)
+
+
 def implementations(op, xp, dtype=None):
     """Return the names of the table's implementations that say they serve this."""
     from scree.kernels import _dispatch
@@ -96,6 +113,8 @@ def implementations(op, xp, dtype=None):
         if impl.devices is not None and xp.device_kind not in impl.devices:
             continue
         if dtype is not None and impl.dtypes is not None and dtype not in impl.dtypes:
+            continue
+        if os.environ.get("SCREE_IMPLEMENTATION") not in (None, impl.name):
             continue
         found.append(impl.name)
     return found
@@ -131,6 +150,8 @@ def pytest_collection_modifyitems(config, items):
     empty = [
         i for i in items if any("empty parameter set" in m.kwargs.get("reason", "") for m in i.iter_markers("skip"))
     ]
+    if "SCREE_IMPLEMENTATION" in os.environ:
+        empty += [i for i in items if "implementation" not in i.fixturenames and "triton" not in i.keywords]
     if empty:
         config.hook.pytest_deselected(items=empty)
         items[:] = [i for i in items if i not in set(empty)]
