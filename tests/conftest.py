@@ -69,7 +69,7 @@ def _interpret_triton():
     for op, impls in _dispatch.TABLE.items():
         _dispatch.TABLE[op] = tuple(
             impl._replace(devices=("cpu", "cuda"), dtypes=tuple(d for d in impl.dtypes if d != "bfloat16"))
-            if impl.name == "triton"
+            if impl.module == ".triton"
             else impl
             for impl in impls
         )
@@ -85,21 +85,6 @@ def pytest_configure(config):
     reasons = _missing_required()
     if reasons:
         raise pytest.UsageError("SCREE_REQUIRE names what cannot be imported: " + "; ".join(reasons))
-
-
-def _interpret_triton():
-    """Let the Triton kernels serve PyTorch on the CPU. The interpreter's bfloat16 arithmetic is wrong."""
-    from scree.kernels import _dispatch
-
-    def on_the_cpu(impl):
-        if impl.module != ".triton":
-            return impl
-        return impl._replace(
-            devices=("cpu", "cuda"), dtypes=tuple(d for d in impl.dtypes or frameworks.FLOATS if d != "bfloat16")
-        )
-
-    for op, implementations in _dispatch.TABLE.items():
-        _dispatch.TABLE[op] = tuple(on_the_cpu(impl) for impl in implementations)
 
 
 def implementations(op, xp, dtype=None):
