@@ -58,30 +58,33 @@ def _missing_required():
     return reasons
 
 
+def _interpret_triton():
+    """Let the Triton kernels serve PyTorch on the CPU, where Triton's interpreter runs them (TRITON_INTERPRET=1).
+
+    The interpreter's arithmetic in bfloat16 is wrong.
+    """
+    from scree.kernels import _dispatch, triton
+
+    triton._load()  # as a PyTorch for GPUs has it done: a compiler cannot import
+    for op, impls in _dispatch.TABLE.items():
+        _dispatch.TABLE[op] = tuple(
+            impl._replace(devices=("cpu", "cuda"), dtypes=tuple(d for d in impl.dtypes if d != "bfloat16"))
+            if impl.module == ".triton"
+            else impl
+            for impl in impls
+        )
+
+
 def pytest_configure(config):
     """Fail the run when a required package is missing, and name the markers."""
     config.addinivalue_line("markers", "no_poison: fresh memory is left as the framework gives it")
     if os.environ.get("TRITON_INTERPRET") == "1":
         _interpret_triton()
+        # the interpreter's own
         config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning")
     reasons = _missing_required()
     if reasons:
         raise pytest.UsageError("SCREE_REQUIRE names what cannot be imported: " + "; ".join(reasons))
-
-
-def _interpret_triton():
-    """Let the Triton kernels serve PyTorch on the CPU. The interpreter's bfloat16 arithmetic is wrong."""
-    from scree.kernels import _dispatch
-
-    def on_the_cpu(impl):
-        if impl.module != ".triton":
-            return impl
-        return impl._replace(
-            devices=("cpu", "cuda"), dtypes=tuple(d for d in impl.dtypes or frameworks.FLOATS if d != "bfloat16")
-        )
-
-    for op, implementations in _dispatch.TABLE.items():
-        _dispatch.TABLE[op] = tuple(on_the_cpu(impl) for impl in implementations)
 
 
 def implementations(op, xp, dtype=None):
@@ -186,3 +189,15 @@ def poison(request, monkeypatch):
         cupy = HERE["cupy"].module
         for name in ("empty", "empty_like"):
             monkeypatch.setattr(cupy, name, _poisoned(getattr(cupy, name), _fill_numpy))
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Return the device that Triton's kernels run on here: the CPU, in Triton's interpreter, or a GPU."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("neither a GPU nor TRITON_INTERPRET=1")
+    return "cuda"

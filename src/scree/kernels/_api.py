@@ -117,8 +117,8 @@ def varlen_attention(
     """
     options = _contract.attention(
         q, k, v, causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks, return_lse=return_lse
-    )
-    return choose("varlen_attention", implementation, q, k, v, **options._asdict())(q, k, v, **options._asdict())
+    )._asdict()
+    return choose("varlen_attention", implementation, q, k, v, **options)(q, k, v, **options)
 
 
 def varlen_layernorm(

@@ -52,6 +52,7 @@ def build(
     left, right : int
         How many places to each side of its own a row sees; -1 for all.
     """
+    offsets, other = offsets.contiguous(), other.contiguous()
     batch = offsets.shape[0] - 1
     slots = total // block + batch + 1
     wide = max(total, other_total) + block >= 2**31
