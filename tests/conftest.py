@@ -167,7 +167,8 @@ def _fill_torch(x):
     if x.device.type == "meta":
         return x
     if x.is_floating_point() or x.is_complex():
-        return x.fill_(float("nan"))
+        with torch.no_grad():
+            return x.fill_(float("nan"))
     if x.dtype in (torch.bool,):
         return x
     return x.fill_(torch.iinfo(x.dtype).max - 5)

@@ -111,8 +111,10 @@ def test_torch_compile(call, backend):
     torch._dynamo.reset()
     x, offsets = make()
     compiled = torch.compile(call, fullgraph=True, backend=backend)
-    for a, b in zip(with_gradient(compiled, x, offsets), with_gradient(call, x, offsets), strict=True):
-        assert_bits(a, b)
+    (out, grad), (want, want_grad) = with_gradient(compiled, x, offsets), with_gradient(call, x, offsets)
+    assert_bits(out, want)
+    # Inductor adds the gradients of q, k and v without rounding in between
+    torch.testing.assert_close(grad, want_grad, rtol=2e-3, atol=2e-3)
 
 
 def test_torch_compile_of_other_sizes(call):
@@ -158,7 +160,7 @@ def test_operators(call):
         differentiable = [
             x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args
         ]
-        if "backward" not in operator.name():
+        if not operator.name().endswith(("_backward", "_bwd")):
             torch.library.opcheck(operator, tuple(differentiable), kwargs)
 
 

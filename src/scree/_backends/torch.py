@@ -11,7 +11,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
-from ._protocol import Any, Dense, Flatten, HostArray, HostInts, Unflatten
+from ._protocol import Any, Dense, Flatten, HostArray, HostInts, Moves, Unflatten
 
 NAME = "torch"
 EAGER = True
@@ -239,6 +239,21 @@ def _bits(x: Dense) -> HostArray:
 def _is_dual(x: Dense) -> bool:
     """Whether x carries a tangent of forward-mode differentiation."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+_moves: Any = None
+
+
+def adopt_moves(kernels: Any) -> None:
+    """Hand out these kernels from now on: they stand above this module, and are loaded only where Triton is."""
+    global _moves
+    _moves = kernels
+
+
+def moves(*arrays: Dense) -> Moves | None:
+    if _moves is None or torch.compiler.is_compiling() or not _moves.serves(*arrays):
+        return None
+    return _moves
 
 
 def adopt(data: HostArray, like: Dense) -> Dense:

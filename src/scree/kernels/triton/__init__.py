@@ -193,6 +193,8 @@ def _load() -> None:
         raise NotImplementedError(f"scree.kernels.triton: {missing}")
     for op, name in _HOSTS.items():
         _LOADED[op] = importlib.import_module(f".{name}", __name__)
+    moves = importlib.import_module("._moves", __name__)
+    moves.hand_out()
 
 
 def _load_for(backend: Backend) -> None:

@@ -11,7 +11,7 @@ from ..._offsets import Structure
 from .. import _contract
 from . import _attention_launch as _launch
 from ._attention_launch import Options
-from ._launch import is_plain, refuse_device
+from ._launch import is_plain, is_transformed, refuse_device
 from ._tiles import Kept
 
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -43,7 +43,7 @@ def varlen_attention(
     queries: torch.Tensor = q._values
     options = Options.of(causal, scale, window_size, softcap, queries.shape[2])
     o, lse = _attend(
-        queries, k._values, v._values, sinks, q._offsets, k._offsets, options, q._structure.derived, k._structure.derived
+        queries, k._values, v._values, sinks, q._offsets, k._offsets, options, q._structure.derived, k._structure.derived, return_lse
     )
     result = Array._make(o, q._offsets, 0, q._structure)
     return (result, Array._make(lse.t(), q._offsets, 0, q._structure)) if return_lse else result
@@ -72,7 +72,7 @@ def varlen_attention_triton(
             q, k, v, cu_seqlens, cu_seqlens_k, causal, scale, window_size, softcap, sinks, return_lse
         )
     options = Options.of(causal, scale, window_size, softcap, q.shape[2])
-    o, lse = _attend(q, k, v, sinks, cu_seqlens, cu_seqlens_k, options, None, None)
+    o, lse = _attend(q, k, v, sinks, cu_seqlens, cu_seqlens_k, options, None, None, return_lse)
     return (o, lse.t()) if return_lse else o
 
 
@@ -173,12 +173,15 @@ def _attend(
     options: Options,
     kept_q: Kept | None,
     kept_k: Kept | None,
+    with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """O (T, H, D_v) and LSE (H, T)."""
+    """O (T, H, D_v), and LSE (H, T) or, where nobody asks for it, anything."""
     if q.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not is_plain(q, k, v, cu_q, cu_k, sinks):
+        if is_transformed():
+            return _Transformed.apply(q, k, v, sinks, cu_q, cu_k, options)  # pyright: ignore[reportReturnType]
         return torch.ops.scree.attention(q, k, v, sinks, cu_q, cu_k, *options)
     if kept_q is None:
         kept_q = _kept_with(cu_q)
@@ -186,7 +189,7 @@ def _attend(
     needed = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     if needed and torch.is_grad_enabled():
         return _Attention.apply(q, k, v, sinks, cu_q, cu_k, options, kept_q, kept_k)  # pyright: ignore[reportReturnType]
-    return _launch.forward(q, k, v, sinks, cu_q, cu_k, options, kept_q)
+    return _launch.forward(q, k, v, sinks, cu_q, cu_k, options, kept_q, with_lse)
 
 
 class _Attention(torch.autograd.Function):
@@ -219,6 +222,30 @@ class _Attention(torch.autograd.Function):
             return (None,) * 9
         grads = _launch.backward(do, dlse, q, k, v, sinks, cu_q, cu_k, o, lse, ctx.options, *ctx.kept)
         return *grads, None, None, None, None, None
+
+
+class _Transformed(torch.autograd.Function):
+    """The same for `torch.func`, which wants the context set up apart; slower to call."""
+
+    @staticmethod
+    def forward(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        cu_q: torch.Tensor,
+        cu_k: torch.Tensor,
+        options: Options,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.scree.attention(q, k, v, sinks, cu_q, cu_k, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        _setup_context(ctx, (*inputs[:6], *inputs[6]), output)
+
+    @staticmethod
+    def backward(ctx: Any, do: torch.Tensor, dlse: torch.Tensor) -> Any:
+        return _backward(ctx, do, dlse)[:7]
 
 
 # The same as operators of PyTorch's library, for compilers, exports and torch.func.

@@ -95,22 +95,22 @@ def _both(*tiles: Any) -> _Pair:
 # kernel -> (widest head dim, tiles)
 _HALF = {
     "fwd": (
-        (32, _Pair(Tiles(64, 64, 4, 3, True), Tiles(64, 64, 4, 2, False, True))),
-        (64, _Pair(Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3, False, True, 80))),
-        (128, _Pair(Tiles(64, 64, 4, 3, True), Tiles(64, 64, 4, 2, False, True))),
+        (32, _Pair(Tiles(64, 64, 4, 3, True), Tiles(64, 64, 4, 3, False, True, 80))),
+        (64, _Pair(Tiles(64, 32, 4, 3, False, False, 96), Tiles(64, 32, 4, 3, False, True, 80))),
+        (128, _Pair(Tiles(64, 64, 4, 3, True), Tiles(64, 64, 4, 3, False, True))),
         (256, _both(128, 64, 8, 2, True)),
     ),
     "dq": (
-        (32, _Pair(Tiles(64, 64, 4, 3, True), Tiles(64, 64, 4, 2, False, True))),
-        (64, _Pair(Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3, False, False, 96))),
-        (128, _Pair(Tiles(128, 64, 8, 3, True), Tiles(64, 64, 4, 2, True))),
+        (32, _Pair(Tiles(64, 64, 4, 3, True), Tiles(64, 64, 4, 3, False, True, 104))),
+        (64, _Pair(Tiles(64, 32, 4, 3, False, False, 96), Tiles(64, 32, 4, 3, False, True, 96))),
+        (128, _Pair(Tiles(128, 64, 8, 3, True), Tiles(64, 64, 4, 2, False, True))),
         (256, _both(128, 32, 8, 2, True)),
     ),
     "dkv": (
         (32, _Pair(Tiles(64, 32, 4, 3, True), Tiles(64, 32, 4, 3, False, True))),
         (64, _Pair(Tiles(64, 32, 4, 3, True), Tiles(64, 32, 4, 3, False, True))),
         (128, _both(64, 64, 4, 2, True)),
-        (256, _both(64, 32, 8, 2, True)),
+        (256, _both(64, 32, 8, 2, True, True)),
     ),
 }
 _SINGLE = {
@@ -140,6 +140,7 @@ class _Facts(NamedTuple):
     softcap: bool
     scaled: bool
     extra: torch.dtype | None  # forward: of the sinks; dq: of the LSE's gradient
+    lse: bool  # forward: whether to write it
     tma: bool
     odd_strides: int  # two bits for each stride: whether it is no multiple of 16, and whether it is 1
     regime: int
@@ -185,7 +186,7 @@ def _launcher(kernel: str, facts: _Facts) -> tuple[Launcher, Tiles]:
         "SOFTCAP": facts.softcap,
     }
     if kernel == "fwd":
-        constants |= {"SCALED": facts.scaled, "SINKS": facts.extra is not None}
+        constants |= {"SCALED": facts.scaled, "SINKS": facts.extra is not None, "LSE": facts.lse}
     elif kernel == "dq":
         constants |= {"DLSE": facts.extra is not None}
     else:
@@ -200,10 +201,6 @@ def _launcher(kernel: str, facts: _Facts) -> tuple[Launcher, Tiles]:
     return made
 
 
-_PLANS: dict[Any, tuple[Launcher, Tiles]] = {}
-_MOST_PLANS = 4096
-
-
 def _planned(
     kernel: str,
     q: torch.Tensor,
@@ -213,20 +210,14 @@ def _planned(
     streamed: tuple[torch.Tensor, torch.Tensor],
     extra: torch.Tensor | None,
     regime: int,
+    lse: bool = True,
 ) -> tuple[Launcher, Tiles]:
-    """The launcher of a kernel for these tensors, found by what can be asked of them quickly.
+    """The launcher of a kernel for these tensors.
 
     `strides` are those of all tensors that the kernel gets; `streamed`, the tensors that it walks over.
     """
-    aligned = (streamed[0].data_ptr() | streamed[1].data_ptr()) & 15 == 0
-    extra_dtype = None if extra is None else extra.dtype
-    shape = q.shape[1], q.shape[2], v.shape[1], v.shape[2]
-    key = (kernel, q.dtype, q.get_device(), shape, strides, options, extra_dtype, aligned, regime)
-    found = _PLANS.get(key)
-    if found is not None:
-        return found
-    odd = sum((3 if s == 1 else 1) << 2 * i for i, s in enumerate(strides) if s % 16)
     device = device_number(q)
+    odd = sum((3 if s == 1 else 1) << 2 * i for i, s in enumerate(strides) if s % 16)
     facts = _Facts(
         device,
         q.dtype,
@@ -238,27 +229,36 @@ def _planned(
         options.right >= 0,
         options.softcap > 0,
         options.scale <= 0,
-        extra_dtype,
-        aligned and q.dtype.itemsize == 2 and capability(device)[0] >= 9 and all(_has_tma(x) for x in streamed),
+        None if extra is None else extra.dtype,
+        lse,
+        q.dtype.itemsize == 2 and capability(device)[0] >= 9 and all(_has_tma(x) for x in streamed),
         odd,
         regime,
     )
-    if len(_PLANS) >= _MOST_PLANS:  # strides that change with every batch
-        _PLANS.clear()
-    made = _PLANS[key] = _launcher(kernel, facts)
-    return made
+    return _launcher(kernel, facts)
 
 
 def _has_tma(x: torch.Tensor) -> bool:
-    """Whether the strides of x suit the copy engine: rows of 16 bytes or more at multiples of 16 bytes."""
+    """Whether the copy engine can read x: rows of 16 bytes or more at multiples of 16 bytes."""
     stride_t, stride_h, _ = x.stride()
     per_16_bytes = 16 // x.element_size()
+    if x.data_ptr() % 16:
+        return False
     return stride_t > 0 and stride_t % per_16_bytes == 0 and stride_h % per_16_bytes == 0 and x.shape[2] >= per_16_bytes
 
 
 def _rows_dense(x: torch.Tensor) -> torch.Tensor:
     """x with its last axis dense: x itself, or a copy."""
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+class _Call(NamedTuple):
+    """A forward call that was made before with these offsets, in the same shapes: what is left is to launch it."""
+
+    launch: Launcher
+    grid: tuple[int, int, int]
+    tiles: torch.Tensor
+    scalars: tuple[int | float, ...]
 
 
 def forward(
@@ -270,23 +270,51 @@ def forward(
     cu_k: torch.Tensor,
     options: Options,
     kept: Kept | None,
+    with_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """O (T, H, D_v) in the dtype of q, and LSE (H, T), float32: every element is written."""
+    """O (T, H, D_v) in the dtype of q, and LSE (H, T), float32: every element is written.
+
+    Without `with_lse` the second one is O again.
+    """
     q, k, v = _rows_dense(q), _rows_dense(k), _rows_dense(v)
-    total, heads, head_dim = q.shape
+    shape, v_shape = q.shape, v.shape
+    o = torch.empty_like(q) if v_shape[2] == shape[2] and q.is_contiguous() else q.new_empty((*shape[:2], v_shape[2]))
+    lse = q.new_empty((shape[1], shape[0]), dtype=torch.float32) if with_lse else o
+    if sinks is not None:
+        sinks = sinks.contiguous()
+    q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    odd = (q_at & 15, k_at & 15, v_at & 15) if (q_at | k_at | v_at) & 15 else None
+    facts = (
+        shape, v_shape, q.stride(), k.stride(), v.stride(), q.dtype, options, with_lse, odd,
+        None if sinks is None else sinks.dtype,
+    )  # fmt: skip
+    call: _Call | None = _tiles.recall(kept, facts, cu_q, cu_k)
+    if call is None:
+        call = _prepare(q, k, v, sinks, cu_q, cu_k, options, kept, with_lse)
+        _tiles.keep(kept, facts, cu_q, cu_k, call)
+    call.launch(call.grid, (q, k, v, o if sinks is None else sinks, call.tiles, o, lse), call.scalars)
+    return o, lse
+
+
+def _prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    options: Options,
+    kept: Kept | None,
+    with_lse: bool,
+) -> _Call:
+    total, heads, _ = q.shape
     total_k, _, v_dim = v.shape
     strides = q.stride()[:2] + k.stride()[:2] + v.stride()[:2]
-    launch, tiles = _planned("fwd", q, v, options, strides, (k, v), sinks, _regime(total_k, cu_k))
+    launch, tiles = _planned("fwd", q, v, options, strides, (k, v), sinks, _regime(total_k, cu_k), with_lse)
     left, right, scale, softcap = options
-    tiles, slots = _tiles.of(kept, cu_q, cu_k, total, total_k, tiles.rows, left, right)
-    o = torch.empty_like(q) if v_dim == head_dim and q.is_contiguous() else q.new_empty((total, heads, v_dim))
-    lse = q.new_empty((heads, total), dtype=torch.float32)
-    launch(
-        (slots * heads, 1, 1),
-        (q, k, v, lse if sinks is None else sinks.contiguous(), tiles, o, lse),
-        (*strides, heads * v_dim, v_dim, total, slots, scale, softcap, left, right),
-    )
-    return o, lse
+    tile_map, slots = _tiles.of(kept, cu_q, cu_k, total, total_k, tiles.rows, left, right)
+    scalars = (*strides, heads * v_dim, v_dim, total, slots, scale, softcap, left, right)
+    return _Call(launch, (slots * heads, 1, 1), tile_map, scalars)
 
 
 def backward(

@@ -143,4 +143,9 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
+def is_transformed() -> bool:
+    """Whether a transformation of `torch.func` is at work, outside of any compiler."""
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+
+
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})

@@ -80,6 +80,11 @@ def under_functorch() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def is_dual(x: torch.Tensor) -> bool:
+    """Whether x carries a tangent of forward-mode differentiation."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
 def why_not_differentiable(*tensors: torch.Tensor | None) -> str | None:
     """Say which of PyTorch's transformations looks on that the kernels have no rule for."""
     if torch.compiler.is_compiling():
@@ -88,8 +93,6 @@ def why_not_differentiable(*tensors: torch.Tensor | None) -> str | None:
         for level in functorch.get_interpreter_stack() or ():
             if level.key() != functorch.TransformType.Grad:
                 return "it has no rule for torch.func's vmap, jvp and functionalize"
-    if forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
+    if any(x is not None and is_dual(x) for x in tensors):
         return "it has no rule for forward-mode differentiation"
     return None
