@@ -124,7 +124,7 @@ def test_a_kernel_that_spills_and_reads_narrowly_is_seen(monkeypatch):
         tl.store(y_ptr + at[:, None] * N + at[None, :], y / tl.sum(y, 0)[None, :])
 
     x = torch.zeros(4)
-    launcher = _launch.Launcher(greedy_kernel, -1, {"N": 128}, num_warps=1, num_stages=1)
+    launcher = _launch.Launcher(greedy_kernel, -1, {"N": 64}, num_warps=1, num_stages=1)
     (code,) = codes(monkeypatch, "sm_90", lambda: launcher((1, 1, 1), (x, x), (5,)))
     assert code.spills
     assert not code.uses_tensor_cores
