@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from . import _tiles
+from . import _hopper, _tiles
 from ._attention_bwd_kernels import _attention_bwd_dkv_kernel, _attention_bwd_dq_kernel
 from ._attention_fwd_kernels import _attention_fwd_kernel
 from ._launch import INTERPRETED, Launcher, capability, device_number
@@ -227,6 +227,8 @@ def forward(
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     inner = _heads_side_by_side(heads, heads // kv_heads, total_k, cu_k)
     facts = _facts(q, (heads, kv_heads), (head_dim, v_dim), options, strides, (k, v), sinks, inner)
+    if _hopper.serves(facts, q, k, v):
+        return _hopper.forward(facts, q, k, v, sinks, _contiguous(cu_q), _contiguous(cu_k), options, kept)
     launch, tiles = _launcher("fwd", facts)
     left, right, scale, softcap = options
     tile_map = _tiles.of(kept, _contiguous(cu_q), _contiguous(cu_k), total, total_k, tiles.rows, left, right)

@@ -31,10 +31,14 @@ class TileMap(NamedTuple):
         the tile in its sequence, kind, and number of the sequence.
     slots : int
         The size of the grid.
+    counters : tensor of (2,), int32
+        Zeros before and after each kernel that takes its tiles from a counter. A map is used on one stream only, so no
+        two such kernels run at once.
     """
 
     tiles: torch.Tensor
     slots: int
+    counters: torch.Tensor
 
 
 def build(
@@ -67,13 +71,13 @@ def build(
             Launcher(_count_tiles_kernel, device, constants, num_warps=4),
             Launcher(_place_tiles_kernel, device, constants, num_warps=4),
         )
-    counts = torch.zeros(2 * _BUCKETS + 1, dtype=torch.int32, device=offsets.device)
+    counts = torch.zeros(2 * _BUCKETS + 8, dtype=torch.int32, device=offsets.device)
     tiles = torch.empty((slots, FIELDS), dtype=torch.int64 if wide else torch.int32, device=offsets.device)
     scalars = (batch, slots, left, right, batch.bit_length())
     count, place = launchers
     count((-(-max(slots, batch + 1) // _LANES), 1, 1), (offsets, other, counts), (total, other_total, *scalars))
     place((-(-slots // _LANES), 1, 1), (offsets, other, counts, tiles), (total, *scalars))
-    return TileMap(tiles, slots)
+    return TileMap(tiles, slots, counts[2 * _BUCKETS + 4 :])
 
 
 Kept = dict[Any, Any]
