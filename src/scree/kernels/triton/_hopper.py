@@ -28,6 +28,10 @@ class Config(NamedTuple):
     pingpong: bool
     eight: int = 8
     tied: bool = True
+    late: bool = False
+    merge: bool = False
+    unroll: bool = False
+    tiles: int = 2
 
 
 _CONFIGS = {128: Config(2, 128, 2, False), 64: Config(2, 128, 2, False)}
@@ -108,6 +112,7 @@ def _launcher(facts: _Facts, heads: int, config: Config) -> Launcher:
         "D_V": facts.v_dim,
         "GROUPS": config.groups,
         "BLOCK_N": config.step,
+        "TILES": config.tiles,
         "STAGES": config.stages,
         "HAS_LEFT": facts.has_left,
         "HAS_RIGHT": facts.has_right,
@@ -117,5 +122,8 @@ def _launcher(facts: _Facts, heads: int, config: Config) -> Launcher:
         "PINGPONG": config.pingpong,
         "EIGHT": config.eight,
         "TIED": config.tied,
+        "LATE": config.late,
+        "MERGE": config.merge,
+        "UNROLL": config.unroll,
     }
     return Launcher(_hopper_fwd_kernel, facts.device, constants, workspace=True, num_warps=4, enable_fp_fusion=True)

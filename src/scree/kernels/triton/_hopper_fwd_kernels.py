@@ -24,6 +24,7 @@ LN2 = gl.constexpr(0.6931471805599453)
 TOP = gl.constexpr(2**30)
 FAR = gl.constexpr(2**34)
 ROWS = gl.constexpr(64)
+FIELDS = gl.constexpr(8)
 MOST = gl.constexpr(0x7FFF0000)
 
 # Triton 3.8 renamed both.
@@ -66,10 +67,34 @@ def _barrier_arrive(NAME: gl.constexpr, THREADS: gl.constexpr):
 
 
 @gluon.jit
-def _work(index, slots, INNER: gl.constexpr):
-    """Which tile and which head: INNER heads of a tile side by side, then the next tile."""
-    outer = index // INNER
-    return outer % slots, outer // slots * INNER + index % INNER
+def _hold(x):
+    """x, of four elements a thread and none negative, behind a branch that nothing is moved across and none takes."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred negative;
+        .reg .f32 least;
+        min.f32 least, $4, $5;
+        min.f32 least, least, $6;
+        min.f32 least, least, $7;
+        setp.lt.f32 negative, least, 0f00000000;
+        @negative nanosleep.u32 0;
+        mov.b32 $0, $4;
+        mov.b32 $1, $5;
+        mov.b32 $2, $6;
+        mov.b32 $3, $7;
+        }""",
+        "=r,=r,=r,=r,r,r,r,r", [x], dtype=gl.float32, is_pure=False, pack=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _read(memory, place):
+    return gl.max(memory.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def _write(memory, place, value, WARPS: gl.constexpr):
+    memory.index(place).store(gl.full([1], value, gl.int32, layout=gl.BlockedLayout([1], [32], [WARPS], [0])))
 
 
 @gluon.jit
@@ -119,7 +144,7 @@ def _step(
     o, p, top, total, q, k_sm, v_sm, k_full, k_empty, v_full, v_empty, count, at, low, high, scale, softcap,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, SCALED: gl.constexpr,
     GROUP: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr,
-    PINGPONG: gl.constexpr, EIGHT: gl.constexpr, TIED: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+    PINGPONG: gl.constexpr, EIGHT: gl.constexpr, TIED: gl.constexpr, LATE: gl.constexpr, MERGE: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
     S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """The scores of block `count`, and the values of the block before, both at once."""
@@ -141,7 +166,8 @@ def _step(
         else:
             _barrier_arrive("9", "256")
     s = warpgroup_mma_wait(1, deps=(s,))
-    mbarrier.arrive(k_empty.index(stage), count=1)
+    if not MERGE:
+        mbarrier.arrive(k_empty.index(stage), count=1)
     s = _scores(s, at, low, high, scale, softcap, SOFTCAP, SCALED, LEFT, RIGHT)
     new_p, keep, top = _probabilities(s, top, scale, not (SOFTCAP or SCALED))
     sums = _sum(new_p, EIGHT)
@@ -149,12 +175,16 @@ def _step(
         total = total * keep + sums
     else:
         total = total * gl.expand_dims(gl.convert_layout(keep, gl.SliceLayout(1, sums.type.layout)), 1) + sums
+    if LATE:
+        total = _hold(total)
     new_p = gl.convert_layout(new_p.to(q.dtype), P_LAYOUT)
     if TIED:  # else the compiler waits for the values before it computes the probabilities
         o, new_p = warpgroup_mma_wait(0, deps=(o, new_p))
     else:
         o = warpgroup_mma_wait(0, deps=(o,))
     mbarrier.arrive(v_empty.index(before), count=1)
+    if MERGE:
+        mbarrier.arrive(k_empty.index(stage), count=1)
     o = o * gl.expand_dims(gl.convert_layout(keep, gl.SliceLayout(1, O_LAYOUT)), 1)
     return o, new_p, top, total
 
@@ -162,32 +192,34 @@ def _step(
 @gluon.jit
 def _multiply(
     memory, barriers, arguments,
-    GROUP: gl.constexpr, GROUPS: gl.constexpr, INNER: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    SOFTCAP: gl.constexpr, SCALED: gl.constexpr, SINKS: gl.constexpr, PINGPONG: gl.constexpr, EIGHT: gl.constexpr, TIED: gl.constexpr,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr,
+    BLOCK_N: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    SOFTCAP: gl.constexpr, SCALED: gl.constexpr, SINKS: gl.constexpr, PINGPONG: gl.constexpr, EIGHT: gl.constexpr, TIED: gl.constexpr, LATE: gl.constexpr, MERGE: gl.constexpr, UNROLL: gl.constexpr,
 ):  # fmt: skip
     """One of the warpgroups that multiply: rows ``64 * GROUP`` to ``64 * GROUP + 64`` of every tile."""
-    q_sm, k_sm, v_sm, o_sm, work = memory
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty = barriers
-    o_desc, sinks_ptr, tiles_ptr, lse_ptr, stride_o_h, total_q, slots, scale, softcap, left, right = arguments
+    q_sm, k_sm, v_sm, o_sm, tile_sm = memory
+    tile_full, tile_empty, k_full, k_empty, v_full, v_empty = barriers
+    o_desc, sinks_ptr, lse_ptr, stride_o_h, total_q, scale, softcap, left, right = arguments
     BLOCK_M: gl.constexpr = ROWS * GROUPS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D_V, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
-    work_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    q = q_sm.index(GROUP).reshape([ROWS, D])
     o_tile = o_sm.index(GROUP)
     if PINGPONG:
         if GROUP == 1:
             _barrier_arrive("9", "256")
     turn = 0
     count = 0
-    mbarrier.wait(work_full, 0)
-    index = gl.max(work.load(work_layout), 0)
-    mbarrier.arrive(work_empty, count=1)
-    while index >= 0:
-        tile, head = _work(index, slots, INNER)
-        kind, q_start, q_length, k_start, k_length, block, _row = _tile(tiles_ptr, tile)
+    mbarrier.wait(tile_full.index(0), 0)
+    kind = _read(tile_sm, 0)
+    while kind != ABSENT:
+        slot = turn % TILES
+        q = q_sm.index(slot * GROUPS + GROUP).reshape([ROWS, D])
+        q_start = _read(tile_sm, slot * FIELDS + 1)
+        q_length = _read(tile_sm, slot * FIELDS + 2)
+        k_length = _read(tile_sm, slot * FIELDS + 3)
+        block = _read(tile_sm, slot * FIELDS + 4)
+        head = _read(tile_sm, slot * FIELDS + 5)
         begin, all_begin, all_end, end = _span(
             block, q_length, k_length, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
         )
@@ -200,7 +232,6 @@ def _multiply(
         if HAS_LEFT:
             low = rows + (k_length - q_length - left)
 
-        mbarrier.wait(q_full, turn & 1)
         stage = count % STAGES
         mbarrier.wait(k_full.index(stage), count // STAGES & 1)
         s = warpgroup_mma(
@@ -222,25 +253,47 @@ def _multiply(
                 o, p, top, total = _step(
                     o, p, top, total, q, k_sm, v_sm, k_full, k_empty, v_full, v_empty, count, at, low, high,
                     scale, softcap, HAS_LEFT, True, SOFTCAP, SCALED,
-                    GROUP, BLOCK_N, D, D_V, STAGES, PINGPONG, EIGHT, TIED, o_layout, p_layout, s_layout,
+                    GROUP, BLOCK_N, D, D_V, STAGES, PINGPONG, EIGHT, TIED, LATE, MERGE, o_layout, p_layout, s_layout,
                 )  # fmt: skip
                 count += 1
-        for at in range(gl.minimum(last, all_end) - BLOCK_N, all_begin - 1, -BLOCK_N):
-            o, p, top, total = _step(
-                o, p, top, total, q, k_sm, v_sm, k_full, k_empty, v_full, v_empty, count, at, low, high,
-                scale, softcap, False, False, SOFTCAP, SCALED,
-                GROUP, BLOCK_N, D, D_V, STAGES, PINGPONG, EIGHT, TIED, o_layout, p_layout, s_layout,
-            )  # fmt: skip
-            count += 1
+        if UNROLL:
+            clear = gl.maximum(gl.minimum(last, all_end) - all_begin, 0) // BLOCK_N
+            for _i in range(clear // 2):
+                o, p, top, total = _step(
+                    o, p, top, total, q, k_sm, v_sm, k_full, k_empty, v_full, v_empty, count, last, low, high,
+                    scale, softcap, False, False, SOFTCAP, SCALED,
+                    GROUP, BLOCK_N, D, D_V, STAGES, PINGPONG, EIGHT, TIED, LATE, MERGE, o_layout, p_layout, s_layout,
+                )  # fmt: skip
+                o, p, top, total = _step(
+                    o, p, top, total, q, k_sm, v_sm, k_full, k_empty, v_full, v_empty, count + 1, last, low, high,
+                    scale, softcap, False, False, SOFTCAP, SCALED,
+                    GROUP, BLOCK_N, D, D_V, STAGES, PINGPONG, EIGHT, TIED, LATE, MERGE, o_layout, p_layout, s_layout,
+                )  # fmt: skip
+                count += 2
+            if clear % 2 == 1:
+                o, p, top, total = _step(
+                    o, p, top, total, q, k_sm, v_sm, k_full, k_empty, v_full, v_empty, count, last, low, high,
+                    scale, softcap, False, False, SOFTCAP, SCALED,
+                    GROUP, BLOCK_N, D, D_V, STAGES, PINGPONG, EIGHT, TIED, LATE, MERGE, o_layout, p_layout, s_layout,
+                )  # fmt: skip
+                count += 1
+        else:
+            for at in range(gl.minimum(last, all_end) - BLOCK_N, all_begin - 1, -BLOCK_N):
+                o, p, top, total = _step(
+                    o, p, top, total, q, k_sm, v_sm, k_full, k_empty, v_full, v_empty, count, last, low, high,
+                    scale, softcap, False, False, SOFTCAP, SCALED,
+                    GROUP, BLOCK_N, D, D_V, STAGES, PINGPONG, EIGHT, TIED, LATE, MERGE, o_layout, p_layout, s_layout,
+                )  # fmt: skip
+                count += 1
         if HAS_LEFT:
             for at in range(gl.minimum(last, all_begin) - BLOCK_N, begin - 1, -BLOCK_N):
                 o, p, top, total = _step(
                     o, p, top, total, q, k_sm, v_sm, k_full, k_empty, v_full, v_empty, count, at, low, high,
                     scale, softcap, True, False, SOFTCAP, SCALED,
-                    GROUP, BLOCK_N, D, D_V, STAGES, PINGPONG, EIGHT, TIED, o_layout, p_layout, s_layout,
+                    GROUP, BLOCK_N, D, D_V, STAGES, PINGPONG, EIGHT, TIED, LATE, MERGE, o_layout, p_layout, s_layout,
                 )  # fmt: skip
                 count += 1
-        mbarrier.arrive(q_empty, count=1)
+        mbarrier.arrive(tile_empty.index(slot), count=1)
         before = (count - 1) % STAGES
         mbarrier.wait(v_full.index(before), (count - 1) // STAGES & 1)
         o = warpgroup_mma(p, v_sm.index(before).reshape([BLOCK_N, D_V]), o, is_async=True)
@@ -266,43 +319,52 @@ def _multiply(
         o = o * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, o_layout)), 1)
         o_tile.reshape([ROWS, D_V]).store(o.to(q.dtype))
         fence_async_shared()
-        start = q_start.to(gl.int32)
         row = TOP - q_length + block * BLOCK_M + GROUP * ROWS
-        _tma_store(o_desc, [TOP, start + q_length, row, (head * stride_o_h).to(gl.int32)], o_tile)
+        _tma_store(o_desc, [TOP, q_start + q_length, row, (head * stride_o_h).to(gl.int32)], o_tile)
         turn += 1
-        mbarrier.wait(work_full, turn & 1)
-        index = gl.max(work.load(work_layout), 0)
-        mbarrier.arrive(work_empty, count=1)
+        mbarrier.wait(tile_full.index(turn % TILES), turn // TILES & 1)
+        kind = _read(tile_sm, turn % TILES * FIELDS)
     tma.store_wait(0)
 
 
 @gluon.jit
 def _copy(
     memory, barriers, arguments,
-    SHARED: gl.constexpr, GROUPS: gl.constexpr, INNER: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    SHARED: gl.constexpr, GROUPS: gl.constexpr, INNER: gl.constexpr, BLOCK_N: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies: takes tiles, tells the others which, and fetches what they need in the order of their use."""
-    q_sm, k_sm, v_sm, _, work = memory
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty = barriers
+    q_sm, k_sm, v_sm, _, tile_sm = memory
+    tile_full, tile_empty, k_full, k_empty, v_full, v_empty = barriers
     q_desc, k_desc, v_desc, tiles_ptr, counters_ptr, stride_q_h, stride_k_h, stride_v_h, slots, items, left, right = arguments
-    BLOCK_M: gl.constexpr = 64 * GROUPS
-    work_layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    BLOCK_M: gl.constexpr = ROWS * GROUPS
     turn = 0
     count = 0
     index = gl.program_id(0)
     while index < items:
-        tile, head = _work(index, slots, INNER)
-        kind, q_start, q_length, k_start, k_length, block, _row = _tile(tiles_ptr, tile)
+        outer = index // INNER
+        head = outer // slots * INNER + index % INNER
+        kind, q_from, q_length, k_from, k_length, block, _row = _tile(tiles_ptr, outer % slots)
         if kind != ABSENT:
-            mbarrier.wait(work_empty, (turn & 1) ^ 1)
-            work.store(gl.full([1], index, gl.int32, layout=work_layout))
-            mbarrier.arrive(work_full, count=1)
+            slot = turn % TILES
+            q_start = q_from.to(gl.int32)
+            k_start = k_from.to(gl.int32)
+            mbarrier.wait(tile_empty.index(slot), (turn // TILES & 1) ^ 1)
+            _write(tile_sm, slot * FIELDS, kind, WARPS)
+            _write(tile_sm, slot * FIELDS + 1, q_start, WARPS)
+            _write(tile_sm, slot * FIELDS + 2, q_length, WARPS)
+            _write(tile_sm, slot * FIELDS + 3, k_length, WARPS)
+            _write(tile_sm, slot * FIELDS + 4, block, WARPS)
+            _write(tile_sm, slot * FIELDS + 5, head, WARPS)
+            full = tile_full.index(slot)
+            mbarrier.arrive(full, count=1)
+            mbarrier.expect(full, GROUPS * q_desc.block_type.nbytes)
+            q_column = (head * stride_q_h).to(gl.int32)
+            for group in gl.static_range(GROUPS):
+                to = q_sm.index(slot * GROUPS + group)
+                _load(q_desc, q_start, q_length, block * BLOCK_M + group * ROWS, q_column, full, to)
             begin, _a, _b, end = _span(block, q_length, k_length, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
             steps = gl.maximum((end - begin + BLOCK_N - 1) // BLOCK_N, 1)
-            q_from = q_start.to(gl.int32)
-            k_from = k_start.to(gl.int32)
-            q_column = (head * stride_q_h).to(gl.int32)
             k_column = (head // SHARED * stride_k_h).to(gl.int32)
             v_column = (head // SHARED * stride_v_h).to(gl.int32)
             for i in range(steps):
@@ -311,21 +373,17 @@ def _copy(
                 free = (count // STAGES & 1) ^ 1
                 mbarrier.wait(k_empty.index(stage), free)
                 mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                _load(k_desc, k_from, k_length, at, k_column, k_full.index(stage), k_sm.index(stage))
-                if i == 0:
-                    mbarrier.wait(q_empty, (turn & 1) ^ 1)
-                    mbarrier.expect(q_full, GROUPS * q_desc.block_type.nbytes)
-                    for group in gl.static_range(GROUPS):
-                        _load(q_desc, q_from, q_length, block * BLOCK_M + group * 64, q_column, q_full, q_sm.index(group))
+                _load(k_desc, k_start, k_length, at, k_column, k_full.index(stage), k_sm.index(stage))
                 mbarrier.wait(v_empty.index(stage), free)
                 mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                _load(v_desc, k_from, k_length, at, v_column, v_full.index(stage), v_sm.index(stage))
+                _load(v_desc, k_start, k_length, at, v_column, v_full.index(stage), v_sm.index(stage))
                 count += 1
             turn += 1
-        index = gl.num_programs(0) + gl.atomic_add(counters_ptr, 1)
-    mbarrier.wait(work_empty, (turn & 1) ^ 1)
-    work.store(gl.full([1], -1, gl.int32, layout=work_layout))
-    mbarrier.arrive(work_full, count=1)
+        index = gl.num_programs(0) + gl.atomic_add(counters_ptr, 1, sem="relaxed")
+    slot = turn % TILES
+    mbarrier.wait(tile_empty.index(slot), (turn // TILES & 1) ^ 1)
+    _write(tile_sm, slot * FIELDS, ABSENT, WARPS)
+    mbarrier.arrive(tile_full.index(slot), count=2)
     if gl.atomic_add(counters_ptr + 1, 1) == gl.num_programs(0) - 1:  # all have taken their last: ready for the next launch
         gl.store(counters_ptr, 0)
         gl.store(counters_ptr + 1, 0)
@@ -338,8 +396,8 @@ def _hopper_fwd_kernel(
     stride_o_t: "i64", stride_o_h: "i64", total_q: "i64", slots: "i32", items: "i32", scale: "fp32", softcap: "fp32",
     left: "i32", right: "i32",
     HEADS: gl.constexpr, SHARED: gl.constexpr, INNER: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr,
-    GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    SOFTCAP: gl.constexpr, SCALED: gl.constexpr, SINKS: gl.constexpr, PINGPONG: gl.constexpr, EIGHT: gl.constexpr, TIED: gl.constexpr,
+    GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    SOFTCAP: gl.constexpr, SCALED: gl.constexpr, SINKS: gl.constexpr, PINGPONG: gl.constexpr, EIGHT: gl.constexpr, TIED: gl.constexpr, LATE: gl.constexpr, MERGE: gl.constexpr, UNROLL: gl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys, last block first; the LSE in `lse` (H, T)."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -350,58 +408,55 @@ def _hopper_fwd_kernel(
     v_width = ((HEADS // SHARED - 1) * stride_v_h + D_V).to(gl.int32)
     v_desc = _ragged_descriptor(v_ptr, stride_v_t, v_width, BLOCK_N, D_V, layout)
     o_desc = _ragged_descriptor(o_ptr, stride_o_t, ((HEADS - 1) * stride_o_h + D_V).to(gl.int32), ROWS, D_V, layout)
-    q_sm = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], layout)
+    q_sm = gl.allocate_shared_memory(dtype, [TILES * GROUPS, 1, 1, ROWS, D], layout)
     k_sm = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], layout)
     v_sm = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D_V], layout)
     o_sm = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D_V], layout)
-    work = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    tile_sm = gl.allocate_shared_memory(gl.int32, [TILES * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     one: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [1], one)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], one)
-    work_full = gl.allocate_shared_memory(gl.int64, [1], one)
-    work_empty = gl.allocate_shared_memory(gl.int64, [1], one)
+    tile_full = gl.allocate_shared_memory(gl.int64, [TILES, 1], one)
+    tile_empty = gl.allocate_shared_memory(gl.int64, [TILES, 1], one)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=GROUPS)
-    mbarrier.init(work_full, count=1)
-    mbarrier.init(work_empty, count=GROUPS)
+    for i in gl.static_range(TILES):
+        mbarrier.init(tile_full.index(i), count=2)
+        mbarrier.init(tile_empty.index(i), count=GROUPS)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=GROUPS)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=GROUPS)
-    memory = (q_sm, k_sm, v_sm, o_sm, work)
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty)
-    multiplied = (o_desc, sinks_ptr, tiles_ptr, lse_ptr, stride_o_h, total_q, slots, scale, softcap, left, right)
+    memory = (q_sm, k_sm, v_sm, o_sm, tile_sm)
+    barriers = (tile_full, tile_empty, k_full, k_empty, v_full, v_empty)
+    multiplied = (o_desc, sinks_ptr, lse_ptr, stride_o_h, total_q, scale, softcap, left, right)
     copied = (q_desc, k_desc, v_desc, tiles_ptr, counters_ptr, stride_q_h, stride_k_h, stride_v_h, slots, items, left, right)
     if GROUPS == 2:
         gl.warp_specialize([
             (_multiply, (
-                memory, barriers, multiplied, 0, GROUPS, INNER, D, D_V, BLOCK_N, STAGES,
-                HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, PINGPONG, EIGHT, TIED,
+                memory, barriers, multiplied, 0, GROUPS, D, D_V, BLOCK_N, TILES, STAGES,
+                HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, PINGPONG, EIGHT, TIED, LATE, MERGE, UNROLL,
             )),
             (_multiply, (
-                memory, barriers, multiplied, 1, GROUPS, INNER, D, D_V, BLOCK_N, STAGES,
-                HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, PINGPONG, EIGHT, TIED,
+                memory, barriers, multiplied, 1, GROUPS, D, D_V, BLOCK_N, TILES, STAGES,
+                HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, PINGPONG, EIGHT, TIED, LATE, MERGE, UNROLL,
             )),
-            (_copy, (memory, barriers, copied, SHARED, GROUPS, INNER, BLOCK_N, STAGES, HAS_LEFT, HAS_RIGHT, 1)),
+            (_copy, (memory, barriers, copied, SHARED, GROUPS, INNER, BLOCK_N, TILES, STAGES, HAS_LEFT, HAS_RIGHT, 1)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_multiply, (
-                memory, barriers, multiplied, 0, GROUPS, INNER, D, D_V, BLOCK_N, STAGES,
-                HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, PINGPONG, EIGHT, TIED,
+                memory, barriers, multiplied, 0, GROUPS, D, D_V, BLOCK_N, TILES, STAGES,
+                HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, PINGPONG, EIGHT, TIED, LATE, MERGE, UNROLL,
             )),
             (_multiply, (
-                memory, barriers, multiplied, 1, GROUPS, INNER, D, D_V, BLOCK_N, STAGES,
-                HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, PINGPONG, EIGHT, TIED,
+                memory, barriers, multiplied, 1, GROUPS, D, D_V, BLOCK_N, TILES, STAGES,
+                HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, PINGPONG, EIGHT, TIED, LATE, MERGE, UNROLL,
             )),
             (_multiply, (
-                memory, barriers, multiplied, 2, GROUPS, INNER, D, D_V, BLOCK_N, STAGES,
-                HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, PINGPONG, EIGHT, TIED,
+                memory, barriers, multiplied, 2, GROUPS, D, D_V, BLOCK_N, TILES, STAGES,
+                HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, PINGPONG, EIGHT, TIED, LATE, MERGE, UNROLL,
             )),
-            (_copy, (memory, barriers, copied, SHARED, GROUPS, INNER, BLOCK_N, STAGES, HAS_LEFT, HAS_RIGHT, 1)),
+            (_copy, (memory, barriers, copied, SHARED, GROUPS, INNER, BLOCK_N, TILES, STAGES, HAS_LEFT, HAS_RIGHT, 1)),
         ], [4, 4, 1], [160, 160, 32])  # fmt: skip
