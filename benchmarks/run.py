@@ -1,7 +1,7 @@
 """Benchmarks: ``python benchmarks/run.py core`` prints a table, and saves it to ``benchmarks/results/``.
 
-``docs/benchmarks.md`` is made from what was saved; ``python benchmarks/run.py core --document`` makes it again without
-measuring.
+``cuda`` instead of ``core`` measures the kernels on a CUDA device. ``docs/benchmarks.md`` is made from what was saved;
+``python benchmarks/run.py core --document`` makes it again without measuring.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import cuda_table
 import measure
 
 DEVICE = "cpu-2-cores"
@@ -22,14 +23,21 @@ PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 def main() -> None:
     """Measure, or print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["core"])
+    parser.add_argument("part", choices=["core", "cuda"])
     parser.add_argument("--document", action="store_true", help="write the page of saved results, and measure nothing")
     parser.add_argument("--results", default=DEVICE, metavar="NAME", help="the file in benchmarks/results")
     parser.add_argument("--sequences", type=int, nargs="+", help="only batches of so many sequences; nothing is saved")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
+    if "cuda" in sys.argv[1:]:
+        import bench_cuda
+
+        bench_cuda.add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.document:
         PAGE.write_text(page())
+        return
+    if arguments.part == "cuda":
+        bench_cuda.main(arguments, cuda_table.table)
         return
     import bench_core
 
@@ -57,7 +65,7 @@ def page() -> str:
     ]
     for path in sorted(measure.RESULTS.glob("*.json")):
         for part, measured in json.loads(path.read_text()).items():
-            lines += ["", f"## {part}: {path.stem}", "", table(measured)]
+            lines += ["", f"## {part}: {path.stem}", "", TABLES[part](measured)]
     return "\n".join(lines) + "\n"
 
 
@@ -100,6 +108,8 @@ def table(measured: dict[str, Any]) -> str:
 def _time(ms: float) -> str:
     return f"{ms * 1e3:.1f} us" if ms < 1 else f"{ms:.2f} ms"
 
+
+TABLES = {"core": table, "cuda": cuda_table.table}
 
 if __name__ == "__main__":
     main()

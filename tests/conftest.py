@@ -8,7 +8,9 @@ A test that names one of these arguments is run once for every combination of
 - ``implementation``: each implementation in the dispatch table that serves the op, framework, device and dtype.
 
 ``SCREE_REQUIRE=numpy,torch,...`` makes a missing package a failure of the whole run; without it, one is left out and
-``test_backends.py`` shows one skip for it.
+``test_backends.py`` shows one skip for it. ``SCREE_TORCH_DEVICE=cuda`` puts PyTorch's arrays there. With
+``TRITON_INTERPRET=1`` the Triton kernels serve PyTorch on the CPU, where Triton's interpreter runs them.
+``SCREE_IMPLEMENTATION=triton`` leaves of the parametrised tests those of that implementation.
 """
 
 import importlib
@@ -56,9 +58,30 @@ def _missing_required():
     return reasons
 
 
+def _interpret_triton():
+    """Let the Triton kernels serve PyTorch on the CPU, where Triton's interpreter runs them (TRITON_INTERPRET=1).
+
+    The interpreter's arithmetic in bfloat16 is wrong.
+    """
+    from scree.kernels import _dispatch, triton
+
+    triton._load()  # as a PyTorch for GPUs has it done: a compiler cannot import
+    for op, impls in _dispatch.TABLE.items():
+        _dispatch.TABLE[op] = tuple(
+            impl._replace(devices=("cpu", "cuda"), dtypes=tuple(d for d in impl.dtypes if d != "bfloat16"))
+            if impl.module == ".triton"
+            else impl
+            for impl in impls
+        )
+
+
 def pytest_configure(config):
     """Fail the run when a required package is missing, and name the markers."""
     config.addinivalue_line("markers", "no_poison: fresh memory is left as the framework gives it")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _interpret_triton()
+        # the interpreter's own
+        config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning")
     reasons = _missing_required()
     if reasons:
         raise pytest.UsageError("SCREE_REQUIRE names what cannot be imported: " + "; ".join(reasons))
@@ -75,6 +98,8 @@ def implementations(op, xp, dtype=None):
         if impl.devices is not None and xp.device_kind not in impl.devices:
             continue
         if dtype is not None and impl.dtypes is not None and dtype not in impl.dtypes:
+            continue
+        if os.environ.get("SCREE_IMPLEMENTATION") not in (None, impl.name):
             continue
         found.append(impl.name)
     return found
@@ -110,6 +135,8 @@ def pytest_collection_modifyitems(config, items):
     empty = [
         i for i in items if any("empty parameter set" in m.kwargs.get("reason", "") for m in i.iter_markers("skip"))
     ]
+    if "SCREE_IMPLEMENTATION" in os.environ:
+        empty += [i for i in items if "implementation" not in i.fixturenames and "triton" not in i.keywords]
     if empty:
         config.hook.pytest_deselected(items=empty)
         items[:] = [i for i in items if i not in set(empty)]
@@ -140,7 +167,8 @@ def _fill_torch(x):
     if x.device.type == "meta":
         return x
     if x.is_floating_point() or x.is_complex():
-        return x.fill_(float("nan"))
+        with torch.no_grad():
+            return x.fill_(float("nan"))
     if x.dtype in (torch.bool,):
         return x
     return x.fill_(torch.iinfo(x.dtype).max - 5)
@@ -162,3 +190,15 @@ def poison(request, monkeypatch):
         cupy = HERE["cupy"].module
         for name in ("empty", "empty_like"):
             monkeypatch.setattr(cupy, name, _poisoned(getattr(cupy, name), _fill_numpy))
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Return the device that Triton's kernels run on here: the CPU, in Triton's interpreter, or a GPU."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("neither a GPU nor TRITON_INTERPRET=1")
+    return "cuda"

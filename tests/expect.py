@@ -15,15 +15,20 @@ TOLERANCES = {
 }
 
 
-def assert_close(actual, expected, dtype, scale=1.0):
-    """Require |actual - expected| <= one spacing of the dtype relative + the noise of the wide arithmetic."""
+def assert_close(actual, expected, dtype, scale=1.0, rounded_factors=False):
+    """Require |actual - expected| <= one spacing of the dtype relative + the noise of the wide arithmetic.
+
+    With ``rounded_factors``, also one spacing of the largest value: the factors of products of matrices are rounded to
+    the dtype, as tensor cores want them.
+    """
     actual = np.asarray(actual, dtype=np.float64)
     expected = np.asarray(expected, dtype=np.float64)
     assert actual.shape == expected.shape
     spacing, noise = TOLERANCES[dtype]
     with np.errstate(invalid="ignore"):
         size = np.where(np.isfinite(expected), np.abs(expected), 0.0)
-        bad = ~(np.abs(actual - expected) <= scale * (spacing * size + noise * np.maximum(size, 1.0)))
+        largest = spacing * size.max(initial=0.0) if rounded_factors else 0.0
+        bad = ~(np.abs(actual - expected) <= scale * (spacing * size + noise * np.maximum(size, 1.0) + largest))
     bad &= ~((actual == expected) | (np.isnan(actual) & np.isnan(expected)))
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])

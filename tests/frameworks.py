@@ -5,6 +5,7 @@ Nothing here imports scree, so that a fault there cannot hide in the harness.
 """
 
 import importlib
+import os
 
 import numpy as np
 
@@ -133,12 +134,17 @@ class NumPy(Harness):
 
 
 class Torch(Harness):
+    """PyTorch on the CPU, or on the device that ``SCREE_TORCH_DEVICE`` names: the suite runs there untouched."""
+
     name = "torch"
     has_gradients = True
-    checks_at_construction = True
     has_views = True
+    device = os.environ.get("SCREE_TORCH_DEVICE", "cpu")
+    device_kind = device.partition(":")[0]
+    checks_at_construction = device_kind == "cpu"
 
-    def array(self, data, dtype=None, device="cpu"):
+    def array(self, data, dtype=None, device=None):
+        device = self.device if device is None else device
         data = np.asarray(data)
         if dtype is None:
             dtype = "float32" if data.dtype.kind == "f" else str(data.dtype)

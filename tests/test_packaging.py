@@ -24,7 +24,7 @@ PUBLIC = {
         "position_ids", "segment_ids", "to_padded", "unpack", "with_capacity",
     ),
     "scree.kernels": (
-        "reference", "varlen_attention", "varlen_layernorm", "varlen_reduce", "varlen_rmsnorm", "varlen_rope",
+        "reference", "triton", "varlen_attention", "varlen_layernorm", "varlen_reduce", "varlen_rmsnorm", "varlen_rope",
         "varlen_softmax",
     ),
     "scree.bridges": (

@@ -2,7 +2,8 @@
 
 Each move is written twice: over host memory with NumPy, which copies whole tokens as opaque bytes and allocates well,
 and as one gather over any backend, for devices, traces and gradients. `_packing` and `Array` choose by what
-`Backend.host_view` answers.
+`Backend.host_view` answers. Where the backend has kernels of its own for a move on the device (`Backend.moves`), those
+come first.
 """
 
 from __future__ import annotations
@@ -140,5 +141,12 @@ def rows_to(xp: Backend, values: Dense, host: HostInts, rows: HostInts, axis: in
     """Gather whole rows, by their numbers (0 <= row < B), and the offsets of the result."""
     lengths = np.diff(host)[rows]
     offsets = _offsets.from_lengths(lengths)
-    index = _offsets.gather_index(host[:-1][rows], offsets)
-    return take_tokens(xp, values, index, axis), offsets
+    return take_runs(xp, values, host[:-1][rows], offsets, axis), offsets
+
+
+def take_runs(xp: Backend, values: Dense, starts: HostInts, offsets: HostInts, axis: int) -> Dense:
+    """Join the runs of tokens that begin at `starts` (R,), as long as `offsets` (R + 1,) say."""
+    moves = xp.moves(values) if axis == 0 else None
+    if moves is not None:
+        return moves.take_rows(values, starts, offsets)
+    return take_tokens(xp, values, _offsets.gather_index(starts, offsets), axis)

@@ -200,7 +200,7 @@ def concat(arrays: Iterable[Array], dim: Literal["batch", "ragged"] = "batch") -
         return from_host_offsets(xp, values, offsets, axis, like=first.offsets)
     starts = np.stack([host[:-1] + base for host, base in zip(known, bases, strict=False)], axis=1)
     pieces = _offsets.from_lengths(np.stack([np.diff(host) for host in known], axis=1).ravel())
-    moved = _layout.take_tokens(xp, values, _offsets.gather_index(starts.ravel(), pieces), axis)
+    moved = _layout.take_runs(xp, values, starts.ravel(), pieces, axis)
     return from_host_offsets(xp, moved, pieces[:: len(parts)], axis, like=first.offsets)
 
 

@@ -11,6 +11,7 @@ from . import _check, _layout, _offsets
 from ._array import Array, expect_array, from_host_offsets
 from ._backends import Backend, Dense
 from ._backends._protocol import HostArray
+from ._offsets import Structure
 
 Side = Literal["right", "left"]
 
@@ -56,6 +57,11 @@ def to_padded(
     if width < longest:
         raise ValueError(f"to_padded: max_length is {width}; needs at least {longest}, the longest sequence")
     values = _layout.moved_to_front(xp, arr.values, arr.ragged_dim)
+    moves = xp.moves(values, arr.offsets)
+    if moves is not None:
+        too_long = float("nan") if host is None and _check.is_floating(xp.dtype_name(values)) else None
+        covered = host is not None and int(host[-1]) == arr.total_length
+        return moves.pad(values, arr.offsets, width, side == "left", fill, too_long, covered)
     view = xp.host_view(values)
     if host is not None and view is not None:
         mask = _layout.mask_host(host, width, side)
@@ -87,8 +93,8 @@ def from_padded(padded: Dense, mask: Dense) -> Array:
 
     Notes
     -----
-    How many tokens remain is known on the host only: a mask on a device is copied there, once, and a traced one is an
-    error.
+    How many tokens remain has to be known on the host: a mask on a device is copied there, once, or, where Triton's
+    kernels count on the device (PyTorch on CUDA), the offsets are. A traced mask is an error.
     """
     xp = _check.dense(padded, "padded")
     if padded.ndim < 2:
@@ -105,6 +111,11 @@ def from_padded(padded: Dense, mask: Dense) -> Array:
             "from_padded: the number of tokens depends on mask, which is traced by a compiler or a transformation; "
             "call it outside of the compiled function"
         )
+    moves = xp.moves(padded, mask)
+    if moves is not None:
+        moved = moves.unpad(padded, mask)
+        if moved is not None:
+            return Array._make(moved[0], moved[1], 0, Structure(moved[2]))
     keep = _host_mask(xp, mask)
     offsets = _offsets.from_lengths(_layout.counts(keep))
     view = xp.host_view(padded)

@@ -27,6 +27,31 @@ Flatten: TypeAlias = Callable[[Any], tuple[tuple[Any, Any], Any]]
 Unflatten: TypeAlias = Callable[[Any, Iterable[Any]], Any]
 
 
+class Moves(Protocol):
+    """Kernels of a device that move tokens in one pass, differentiable as the framework's own operations are."""
+
+    def pad(
+        self, values: Dense, offsets: Dense, width: int, left: bool, fill: Any, too_long: float | None, covered: bool
+    ) -> tuple[Dense, Dense]:
+        """Spread values (T, *F) over (B, width, *F), `fill` elsewhere; with it the mask (B, width).
+
+        `too_long` is what rows longer than `width` hold, None to cut them; `covered` says that every token is known
+        to have its place.
+        """
+        ...
+
+    def unpad(self, padded: Dense, mask: Dense) -> tuple[Dense, Dense, HostInts] | None:
+        """Collect what a mask (B, N) keeps of padded (B, N, *F): values, offsets, and the offsets on the host.
+
+        None where a value of the mask is neither 0 nor 1. Copies the offsets to the host, and nothing else.
+        """
+        ...
+
+    def take_rows(self, values: Dense, starts: HostInts, offsets: HostInts) -> Dense:
+        """Join the rows of values (T, *F) that begin at `starts` (R,), as long as `offsets` (R + 1,) say."""
+        ...
+
+
 class Backend(Protocol):
     """One framework. Nothing here waits for a device but `to_host`."""
 
@@ -168,6 +193,10 @@ class Backend(Protocol):
         None where x is on a device, traced, or where an operation on it would have to be recorded for a gradient.
         Where NumPy lacks the dtype, the view has an integer dtype of the same size: its bits, not its numbers.
         """
+        ...
+
+    def moves(self, *arrays: Dense) -> Moves | None:
+        """Return the kernels that move these arrays where they are, or None where there are none: see `_layout`."""
         ...
 
     def adopt(self, data: HostArray, like: Dense) -> Dense:

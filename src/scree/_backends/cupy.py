@@ -174,6 +174,10 @@ def host_view(x: Dense) -> HostArray | None:
     return None
 
 
+def moves(*arrays: Dense) -> None:
+    return None
+
+
 def adopt(data: HostArray, like: Dense) -> Dense:
     return asarray(data, like)
 

@@ -174,6 +174,10 @@ def host_view(x: Dense) -> HostArray | None:
     return np.asarray(x)
 
 
+def moves(*arrays: Dense) -> None:
+    return None
+
+
 def adopt(data: HostArray, like: Dense) -> Dense:
     return mx.array(data)
 

@@ -165,6 +165,10 @@ def host_view(x: Dense) -> HostArray | None:
     return x
 
 
+def moves(*arrays: Dense) -> None:
+    return None
+
+
 def adopt(data: HostArray, like: Dense) -> Dense:
     return data
 

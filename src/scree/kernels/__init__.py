@@ -3,7 +3,7 @@
 `implementation=` forces one by name. `scree.kernels.reference` has the slow, obviously right version of each op.
 """
 
-from . import reference
+from . import reference, triton
 from ._api import (
     varlen_attention,
     varlen_layernorm,
@@ -15,6 +15,7 @@ from ._api import (
 
 __all__ = [
     "reference",
+    "triton",
     "varlen_attention",
     "varlen_layernorm",
     "varlen_reduce",

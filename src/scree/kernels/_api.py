@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, overload
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
 
 from .._array import Array
 from .._backends import Dense
@@ -115,10 +115,47 @@ def varlen_attention(
     "Gemma 2", 2024, section 2 (softcap). Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
     2023.
     """
-    options = _contract.attention(
-        q, k, v, causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks, return_lse=return_lse
-    )
-    return choose("varlen_attention", implementation, q, k, v, **options._asdict())(q, k, v, **options._asdict())
+    given = (causal, scale, window_size, softcap, return_lse, implementation)
+    facts = _facts("varlen_attention", (q, k, v), given) if sinks is None else None
+    known: _Call | None = None if facts is None else q._structure.derived.get(facts)
+    if known is None:
+        options = _contract.attention(
+            q, k, v, causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks, return_lse=return_lse
+        )._asdict()
+        known = choose("varlen_attention", implementation, q, k, v, **options), options
+        if facts is not None:
+            q._structure.derived[facts] = known
+    function, options = known
+    return function(q, k, v, **options)
+
+
+_Call = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def _facts(op: str, arrays: tuple[Array, ...], given: tuple[Any, ...]) -> Any:
+    """All that the checks and the choice of a call depend on, under which they are kept with the offsets.
+
+    None where that cannot be said in a few words: Arrays of different structures, values under a trace, options that
+    have no hash.
+    """
+    first = arrays[0]
+    if type(first) is not Array:
+        return None
+    xp = first._xp
+    structure = first._structure
+    facts: list[Any] = [op, given]
+    for arr in arrays:
+        if type(arr) is not Array or arr._structure is not structure:
+            return None
+        values = arr._values
+        if xp.is_traced(values):
+            return None
+        facts += (type(values), values.dtype, tuple(values.shape), arr._ragged_dim, xp.device_of(values))
+    try:
+        hash(given)
+    except TypeError:
+        return None
+    return tuple(facts)
 
 
 def varlen_layernorm(

@@ -56,26 +56,31 @@ def attention(
     """Check the arguments of `varlen_attention`."""
     op = "varlen_attention"
     xp = array(op, q, "q")
+    queries: Dense = q._values
+    dtype, kind = queries.dtype, type(queries)
     for name, arr in (("q", q), ("k", k), ("v", v)):
-        array(op, arr, name)
-        same_framework(xp, arr.values, f"{op}: {name}", "q")
-        _along_axis_0(op, arr, name)
-        if arr.values.ndim != 3:
-            raise ValueError(f"{op}: {name}.values has shape {tuple(arr.values.shape)}; needs (T, heads, head_dim)")
-        floating(op, xp, arr.values, name)
-        if xp.dtype_name(arr.values) != xp.dtype_name(q.values):
-            raise TypeError(
-                f"{op}: {name} has dtype {xp.dtype_name(arr.values)}, q has {xp.dtype_name(q.values)}; all must agree"
-            )
-        same_device(xp, arr.values, q.values, f"{op}: {name}", "q")
-        if arr.batch_size != q.batch_size:
+        expect_array(op, arr, name)
+        values: Dense = arr._values
+        if type(values) is not kind:
+            same_framework(xp, values, f"{op}: {name}", "q")
+        if arr._ragged_dim != 0:
+            _along_axis_0(op, arr, name)
+        if values.ndim != 3:
+            raise ValueError(f"{op}: {name}.values has shape {tuple(values.shape)}; needs (T, heads, head_dim)")
+        if arr is q or values.dtype != dtype:
+            floating(op, xp, values, name)
+        if values.dtype != dtype:
+            raise TypeError(f"{op}: {name} has dtype {xp.dtype_name(values)}, q has {xp.dtype_name(queries)}; all must agree")
+        if arr is not q:
+            same_device(xp, values, queries, f"{op}: {name}", "q")
+        if arr._structure is not q._structure and arr.batch_size != q.batch_size:
             raise ValueError(
                 f"{op}: q and {name} have different batch sizes ({q.batch_size} and {arr.batch_size}); "
                 f"{name}.offsets must have shape ({q.batch_size + 1},), got ({arr.batch_size + 1},)"
             )
-    _, heads, head_dim = q.values.shape
-    total_k, kv_heads, k_dim = k.values.shape
-    total_v, v_heads, _ = v.values.shape
+    _, heads, head_dim = queries.shape
+    total_k, kv_heads, k_dim = k._values.shape
+    total_v, v_heads, _ = v._values.shape
     if k_dim != head_dim:
         raise ValueError(f"{op}: k has head_dim {k_dim}, q has {head_dim}; they must agree")
     if head_dim == 0:
@@ -138,6 +143,8 @@ def _positive(op: str, name: str, value: Any) -> float:
 
 
 def _window(op: str, window_size: Any) -> tuple[int | None, int | None]:
+    if window_size == (None, None):
+        return window_size
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:  # pyright: ignore[reportUnknownArgumentType]
         raise TypeError(f"{op}: window_size is {window_size!r}; needs (left, right), None for no limit")
     sides: list[int | None] = []

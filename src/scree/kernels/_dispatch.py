@@ -47,13 +47,14 @@ def _triton(*dtypes: str) -> Impl:
 
 
 _HALVES_AND_SINGLE = ("float16", "bfloat16", "float32")
+_FLOATING = (*_HALVES_AND_SINGLE, "float64")
 
 # op -> implementations, the best one first
 TABLE: dict[str, tuple[Impl, ...]] = {
     "varlen_attention": (_triton(*_HALVES_AND_SINGLE), _REFERENCE),
-    "varlen_layernorm": (_REFERENCE,),
+    "varlen_layernorm": (_triton(*_FLOATING), _REFERENCE),
     "varlen_reduce": (_REFERENCE,),
-    "varlen_rmsnorm": (_REFERENCE,),
+    "varlen_rmsnorm": (_triton(*_FLOATING), _REFERENCE),
     "varlen_rope": (_REFERENCE,),
     "varlen_softmax": (_REFERENCE,),
 }
@@ -102,6 +103,12 @@ def choose(op: str, implementation: str | None, arr: Array, *args: Any, **option
 def mismatch(impl: Impl, arr: Array) -> str | None:
     """Say which coarse facts about the Array speak against an implementation."""
     xp = arr._xp
+    if (
+        (impl.backends is None or xp.NAME in impl.backends)
+        and (impl.devices is None or device_kind(arr) in impl.devices)
+        and (impl.dtypes is None or xp.dtype_name(arr._values) in impl.dtypes)
+    ):
+        return None
     facts = (
         ("framework", xp.NAME, impl.backends),
         ("device", device_kind(arr) if impl.devices is not None else "", impl.devices),
@@ -112,7 +119,7 @@ def mismatch(impl: Impl, arr: Array) -> str | None:
         for what, got, served in facts
         if served is not None and got not in served
     ]
-    return " and ".join(against) or None
+    return " and ".join(against)
 
 
 def device_kind(arr: Array) -> str:

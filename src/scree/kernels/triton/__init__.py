@@ -20,19 +20,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "varlen_attention",
-    "varlen_attention_triton",
     "varlen_layernorm",
     "varlen_layernorm_triton",
-    "varlen_reduce",
     "varlen_rmsnorm",
     "varlen_rmsnorm_triton",
-    "varlen_rope",
-    "varlen_softmax",
 ]
 
 # op -> the module here that launches its kernels
 _HOSTS = {
     "varlen_attention": "_attention",
+    "varlen_layernorm": "_norm",
+    "varlen_rmsnorm": "_norm",
 }
 
 _LOADED: dict[str, Any] = {}
@@ -113,6 +111,56 @@ def varlen_attention_triton(
     )
 
 
+def varlen_layernorm(
+    arr: Array, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
+) -> Array:
+    """Compute `scree.kernels.varlen_layernorm`."""
+    return _host("varlen_layernorm").varlen_layernorm(arr, weight, bias, eps)
+
+
+def varlen_layernorm_triton(
+    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
+) -> torch.Tensor:
+    """Normalise a tensor over its last axis: `scree.kernels.varlen_layernorm` for who holds tensors.
+
+    Parameters
+    ----------
+    x : tensor of (T, ..., M), float16, bfloat16, float32 or float64
+        On a CUDA device. Strided views are read where they lie, if the last axis is dense.
+    weight, bias : tensor of (M,), optional
+    eps : float
+
+    Returns
+    -------
+    tensor of (T, ..., M)
+        Contiguous, in the dtype of `x`; differentiable in `x`, `weight` and `bias`, once.
+    """
+    return _host("varlen_layernorm").varlen_layernorm_triton(x, weight, bias, eps)
+
+
+def varlen_rmsnorm(arr: Array, weight: torch.Tensor | None = None, eps: float = 1e-6) -> Array:
+    """Compute `scree.kernels.varlen_rmsnorm`."""
+    return _host("varlen_rmsnorm").varlen_rmsnorm(arr, weight, eps)
+
+
+def varlen_rmsnorm_triton(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
+    """Divide the rows of a tensor by their root mean square: `scree.kernels.varlen_rmsnorm` for who holds tensors.
+
+    Parameters
+    ----------
+    x : tensor of (T, ..., M), float16, bfloat16, float32 or float64
+        On a CUDA device. Strided views are read where they lie, if the last axis is dense.
+    weight : tensor of (M,), optional
+    eps : float
+
+    Returns
+    -------
+    tensor of (T, ..., M)
+        Contiguous, in the dtype of `x`; differentiable in `x` and `weight`, once.
+    """
+    return _host("varlen_rmsnorm").varlen_rmsnorm_triton(x, weight, eps)
+
+
 def why_not(op: str, *args: Any, **options: Any) -> str | None:
     """Say what speaks against computing this call here: what is not installed, or what the kernel does not serve."""
     missing = _missing()
@@ -145,6 +193,8 @@ def _load() -> None:
         raise NotImplementedError(f"scree.kernels.triton: {missing}")
     for op, name in _HOSTS.items():
         _LOADED[op] = importlib.import_module(f".{name}", __name__)
+    moves = importlib.import_module("._moves", __name__)
+    moves.hand_out()
 
 
 def _load_for(backend: Backend) -> None:

@@ -11,7 +11,7 @@ from ..._offsets import Structure
 from .. import _contract
 from . import _attention_launch as _launch
 from ._attention_launch import Options
-from ._launch import is_plain, refuse_device
+from ._launch import is_plain, is_transformed, refuse_device
 from ._tiles import Kept
 
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -43,10 +43,10 @@ def varlen_attention(
     queries: torch.Tensor = q._values
     options = Options.of(causal, scale, window_size, softcap, queries.shape[2])
     o, lse = _attend(
-        queries, k._values, v._values, sinks, q._offsets, k._offsets, options, q._structure.derived, k._structure.derived
+        queries, k._values, v._values, sinks, q._offsets, k._offsets, options, q._structure.derived, k._structure.derived, return_lse
     )
-    result = q.with_values(o)
-    return (result, q.with_values(lse.t())) if return_lse else result
+    result = Array._make(o, q._offsets, 0, q._structure)
+    return (result, Array._make(lse.t(), q._offsets, 0, q._structure)) if return_lse else result
 
 
 def varlen_attention_triton(
@@ -65,14 +65,14 @@ def varlen_attention_triton(
 ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
     """Compute attention on tensors; `scree.kernels.triton.varlen_attention_triton` has the contract."""
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    if not _is_sound(q, k, v, cu_seqlens, cu_seqlens_k, sinks, scale, window_size, softcap):
+    tensors = (q, k, v, cu_seqlens, cu_seqlens_k)
+    plain = type(q) is type(k) is type(v) is type(cu_seqlens) is type(cu_seqlens_k) is torch.Tensor
+    if not (plain and _is_sound(*tensors, sinks, scale, window_size, softcap)):
         scale, window_size, softcap = _checked(
             q, k, v, cu_seqlens, cu_seqlens_k, causal, scale, window_size, softcap, sinks, return_lse
         )
     options = Options.of(causal, scale, window_size, softcap, q.shape[2])
-    o, lse = _attend(
-        q, k, v, sinks, cu_seqlens, cu_seqlens_k, options, _kept_with(cu_seqlens), _kept_with(cu_seqlens_k)
-    )
+    o, lse = _attend(q, k, v, sinks, cu_seqlens, cu_seqlens_k, options, None, None, return_lse)
     return (o, lse.t()) if return_lse else o
 
 
@@ -88,30 +88,28 @@ def _is_sound(
     softcap: Any,
 ) -> bool:
     """Whether the arguments are plainly right, in as little time as that takes; those that are not are looked at again."""
-    if not (type(q) is type(k) is type(v) is type(cu_q) is type(cu_k) is torch.Tensor):
+    if not (sinks is None and scale is None and softcap is None and window_size == (None, None)):
         return False
-    shape, k_shape, v_shape = q.shape, k.shape, v.shape
-    device = q.device
+    if not (q.is_cuda and k.is_cuda and v.is_cuda and cu_q.is_cuda and cu_k.is_cuda):
+        return False
+    dtype, shape, k_shape, v_shape = q.dtype, q.shape, k.shape, v.shape
+    if not (dtype in _DTYPES and dtype is k.dtype and dtype is v.dtype):
+        return False
+    if not (len(shape) == len(k_shape) == len(v_shape) == 3):
+        return False
+    device = q.get_device()
     return (
-        len(shape) == len(k_shape) == len(v_shape) == 3
-        and q.dtype in _DTYPES
-        and q.dtype == k.dtype == v.dtype
-        and device.type == "cuda"
-        and device == k.device == v.device == cu_q.device == cu_k.device
-        and 0 < shape[2] == k_shape[2]
-        and max(shape[2], v_shape[2]) <= _launch.WIDEST
-        and k_shape[:2] == v_shape[:2]
-        and k_shape[1] > 0
+        device == k.get_device() == v.get_device() == cu_q.get_device() == cu_k.get_device()
+        and 0 < shape[2] == k_shape[2] <= _launch.WIDEST
+        and v_shape[2] <= _launch.WIDEST
+        and k_shape[0] == v_shape[0]
+        and 0 < k_shape[1] == v_shape[1]
         and shape[1] % k_shape[1] == 0
-        and cu_q.dtype == cu_k.dtype == torch.int32
-        and cu_q.ndim == 1
+        and cu_q.dtype is torch.int32
+        and (cu_q is cu_k or cu_k.dtype is torch.int32)
+        and len(cu_q.shape) == 1
+        and 0 < cu_q.shape[0]
         and cu_q.shape == cu_k.shape
-        and cu_q.shape[0] > 0
-        and sinks is None
-        and scale is None
-        and softcap is None
-        and type(window_size) is tuple
-        and window_size == (None, None)
     )
 
 
@@ -156,7 +154,7 @@ def _checked(
 
 def _kept_with(offsets: torch.Tensor) -> Kept | None:
     """The dictionary that is kept with a `cu_seqlens`; None for an inference tensor, which hides when it is written to."""
-    if not is_plain(offsets) or offsets.is_inference():
+    if offsets.is_inference():
         return None
     kept: Kept | None = getattr(offsets, "_scree_kept", None)
     if kept is None:
@@ -175,18 +173,23 @@ def _attend(
     options: Options,
     kept_q: Kept | None,
     kept_k: Kept | None,
+    with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """O (T, H, D_v) and LSE (H, T)."""
+    """O (T, H, D_v), and LSE (H, T) or, where nobody asks for it, anything."""
     if q.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not is_plain(q, k, v, cu_q, cu_k, sinks):
+        if is_transformed():
+            return _Transformed.apply(q, k, v, sinks, cu_q, cu_k, options)  # pyright: ignore[reportReturnType]
         return torch.ops.scree.attention(q, k, v, sinks, cu_q, cu_k, *options)
-    if torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
-    ):
+    if kept_q is None:
+        kept_q = _kept_with(cu_q)
+        kept_k = kept_q if cu_k is cu_q else _kept_with(cu_k)
+    needed = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+    if needed and torch.is_grad_enabled():
         return _Attention.apply(q, k, v, sinks, cu_q, cu_k, options, kept_q, kept_k)  # pyright: ignore[reportReturnType]
-    return _launch.forward(q, k, v, sinks, cu_q, cu_k, options, kept_q)
+    return _launch.forward(q, k, v, sinks, cu_q, cu_k, options, kept_q, with_lse)
 
 
 class _Attention(torch.autograd.Function):
@@ -219,6 +222,30 @@ class _Attention(torch.autograd.Function):
             return (None,) * 9
         grads = _launch.backward(do, dlse, q, k, v, sinks, cu_q, cu_k, o, lse, ctx.options, *ctx.kept)
         return *grads, None, None, None, None, None
+
+
+class _Transformed(torch.autograd.Function):
+    """The same for `torch.func`, which wants the context set up apart; slower to call."""
+
+    @staticmethod
+    def forward(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        cu_q: torch.Tensor,
+        cu_k: torch.Tensor,
+        options: Options,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.scree.attention(q, k, v, sinks, cu_q, cu_k, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        _setup_context(ctx, (*inputs[:6], *inputs[6]), output)
+
+    @staticmethod
+    def backward(ctx: Any, do: torch.Tensor, dlse: torch.Tensor) -> Any:
+        return _backward(ctx, do, dlse)[:7]
 
 
 # The same as operators of PyTorch's library, for compilers, exports and torch.func.

@@ -156,7 +156,7 @@ def _dkv_blocks(
     q_length, left, right, scale, softcap,
     BLOCK_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, ROWS_TMA: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     inner = tl.arange(0, BLOCK_D)
     inner_v = tl.arange(0, BLOCK_D_V)
@@ -165,7 +165,7 @@ def _dkv_blocks(
         q = _load_block(q_ptr, q_desc, at, q_length, stride_q_t, inner, BLOCK_M, D, BLOCK_D, TMA, MASKED)
         do = _load_block(do_ptr, do_desc, at, q_length, stride_do_t, inner_v, BLOCK_M, D_V, BLOCK_D_V, TMA, MASKED)
         aligned = at // BLOCK_ROWS * (2 * BLOCK_ROWS) + at % BLOCK_ROWS
-        if ROWS_TMA:
+        if TMA:
             lse = rows_ptr.load([aligned])
             delta = rows_ptr.load([aligned + BLOCK_ROWS])
         else:
@@ -195,7 +195,6 @@ def _attention_bwd_dkv_kernel(
     GROUP: tl.constexpr, INNER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, D_V: tl.constexpr,
     BLOCK_D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, BLOCK_ROWS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr,
-    ROWS_TMA: tl.constexpr,
 ):  # fmt: skip
     """dK and dV, summed over the query heads of the group; the map is that of the keys.
 
@@ -235,35 +234,34 @@ def _attention_bwd_dkv_kernel(
         if TMA:
             q_desc = tl.make_tensor_descriptor(q_base, [q_length, D], [stride_q_t, 1], [BLOCK_M, BLOCK_D])
             do_desc = tl.make_tensor_descriptor(do_base, [q_length, D_V], [stride_do_t, 1], [BLOCK_M, BLOCK_D_V])
+            extent = (q_length + BLOCK_ROWS - 1) // BLOCK_ROWS * (2 * BLOCK_ROWS)
+            rows_base = tl.make_tensor_descriptor(rows_base, [extent], [1], [BLOCK_M])
         else:
             q_desc = q_base
             do_desc = do_base
-        if ROWS_TMA:
-            extent = (q_length + BLOCK_ROWS - 1) // BLOCK_ROWS * (2 * BLOCK_ROWS)
-            rows_base = tl.make_tensor_descriptor(rows_base, [extent], [1], [BLOCK_M])
         if WHOLE:
             dk, dv = _dkv_blocks(
                 dk, dv, k, v, q_base, q_desc, do_base, do_desc, rows_base, stride_q_t, stride_do_t, cols,
                 begin, end, shift, q_length, left, right, scale, softcap, BLOCK_ROWS, BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V,
-                HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, True, ROWS_TMA,
+                HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, True,
             )  # fmt: skip
         else:
             if HAS_RIGHT:
                 dk, dv = _dkv_blocks(
                     dk, dv, k, v, q_base, q_desc, do_base, do_desc, rows_base, stride_q_t, stride_do_t, cols,
                     begin, tl.minimum(all_begin, end), shift, q_length, left, right, scale, softcap,
-                    BLOCK_ROWS, BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V, HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, True, ROWS_TMA,
+                    BLOCK_ROWS, BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V, HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, True,
                 )  # fmt: skip
             dk, dv = _dkv_blocks(
                 dk, dv, k, v, q_base, q_desc, do_base, do_desc, rows_base, stride_q_t, stride_do_t, cols,
                 all_begin, all_end, shift, q_length, left, right, scale, softcap,
-                BLOCK_ROWS, BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V, HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, False, ROWS_TMA,
+                BLOCK_ROWS, BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V, HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, False,
             )  # fmt: skip
             if HAS_LEFT or not TMA:
                 dk, dv = _dkv_blocks(
                     dk, dv, k, v, q_base, q_desc, do_base, do_desc, rows_base, stride_q_t, stride_do_t, cols,
                     all_end, end, shift, q_length, left, right, scale, softcap,
-                    BLOCK_ROWS, BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V, HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, True, ROWS_TMA,
+                    BLOCK_ROWS, BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V, HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, True,
                 )  # fmt: skip
     tl.store(
         dk_ptr + base * stride_dk_t + kv_head * stride_dk_h + local[:, None] * stride_dk_t + inner[None, :],

@@ -139,8 +139,8 @@ def _attention_fwd_kernel(
     stride_o_t: "i64", stride_o_h: "i64", total_q: "i64", slots: "i32", scale: "fp32", softcap: "fp32", left: "i32", right: "i32",
     GROUP: tl.constexpr, INNER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, D_V: tl.constexpr,
     BLOCK_D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, SCALED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    WHOLE: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCALED: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys (FlashAttention-2, algorithm 1), the LSE in `lse` (H, T).
 
@@ -206,9 +206,10 @@ def _attention_fwd_kernel(
 
     none = total == 0
     o = o / tl.where(none, 1.0, total)[:, None]
-    lse = tl.where(none, float("-inf"), (tl.where(none, 0.0, top) + tl.math.log2(tl.where(none, 1.0, total))) * LN2)
-    lse = tl.where(kind == SPARE, 0.0, lse)
-    tl.store(lse_ptr + head * total_q + base + local, lse, mask=there)
+    if LSE:
+        lse = (tl.where(none, 0.0, top) + tl.math.log2(tl.where(none, 1.0, total))) * LN2
+        lse = tl.where(kind == SPARE, 0.0, tl.where(none, float("-inf"), lse))
+        tl.store(lse_ptr + head * total_q + base + local, lse, mask=there)
     tl.store(
         o_ptr + base * stride_o_t + head * stride_o_h + local[:, None] * stride_o_t + inner_v[None, :],
         o.to(o_ptr.dtype.element_ty), mask=there[:, None] & (inner_v < D_V)[None, :],

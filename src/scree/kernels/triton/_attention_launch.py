@@ -10,12 +10,11 @@ import triton
 from . import _hopper, _tiles
 from ._attention_bwd_kernels import _attention_bwd_dkv_kernel, _attention_bwd_dq_kernel
 from ._attention_fwd_kernels import _attention_fwd_kernel
-from ._launch import INTERPRETED, Launcher, capability, device_number
+from ._launch import INTERPRETED, Launcher, capability, device_number, processors
 from ._tiles import Kept
 
 WIDEST = 256
 _NO_LIMIT = -1
-_SHORT = 768  # tokens
 _LONGEST = 1 << 30  # no window reaches further, and sums with it fit in 32 bits
 
 
@@ -55,71 +54,127 @@ class Options(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """How a kernel cuts its work: rows a program, places of the other side a step, warps, and stages of loads."""
+    """How a kernel cuts its work.
+
+    Attributes
+    ----------
+    rows : int
+        Rows a program.
+    step : int
+        Places of the other side a step: what a result depends on, bit for bit, so it follows from dtype and head dim.
+    warps, stages : int
+        Of a program; of loads in flight.
+    tma : bool
+        Load by the copy engine where the device has one.
+    whole : bool
+        One masked loop, instead of one without masks between masked ones.
+    registers : int, optional
+        At most so many a thread, for more programs on a multiprocessor.
+    """
 
     rows: int
     step: int
     warps: int
     stages: int
-    tma: bool = True
+    tma: bool = False
     whole: bool = False
-    rows_tma: bool = False
     registers: int | None = None
 
 
-# (widest head dim up to, tiles). A result depends, bit for bit, on the step, and on nothing else here.
+class _Pair(NamedTuple):
+    """Tiles for long sequences and for short ones, with the same step."""
+
+    long: Tiles
+    short: Tiles
+
+
+def _both(*tiles: Any) -> _Pair:
+    return _Pair(Tiles(*tiles), Tiles(*tiles))
+
+
+# kernel -> (widest head dim, tiles)
 _HALF = {
-    "fwd": ((64, Tiles(64, 64, 4, 3)), (128, Tiles(64, 64, 4, 3)), (256, Tiles(64, 32, 4, 2))),
-    "dq": ((64, Tiles(64, 64, 4, 2)), (128, Tiles(64, 64, 4, 2)), (256, Tiles(64, 32, 8, 1))),
-    "dkv": ((64, Tiles(64, 64, 4, 2)), (128, Tiles(64, 64, 4, 2)), (256, Tiles(64, 32, 8, 1))),
+    "fwd": (
+        (32, _Pair(Tiles(64, 64, 4, 3, True), Tiles(64, 64, 4, 3, False, True, 80))),
+        (64, _Pair(Tiles(64, 32, 4, 3, False, False, 96), Tiles(64, 32, 4, 3, False, True, 80))),
+        (128, _Pair(Tiles(64, 64, 4, 3, True), Tiles(64, 64, 4, 3, False, True))),
+        (256, _both(128, 64, 8, 2, True)),
+    ),
+    "dq": (
+        (32, _Pair(Tiles(64, 64, 4, 3, True), Tiles(64, 64, 4, 3, False, True, 104))),
+        (64, _Pair(Tiles(64, 32, 4, 3, False, False, 96), Tiles(64, 32, 4, 3, False, True, 96))),
+        (128, _Pair(Tiles(128, 64, 8, 3, True), Tiles(64, 64, 4, 2, False, True))),
+        (256, _both(128, 32, 8, 2, True)),
+    ),
+    "dkv": (
+        (32, _Pair(Tiles(64, 32, 4, 3, True), Tiles(64, 32, 4, 3, False, True))),
+        (64, _Pair(Tiles(64, 32, 4, 3, True), Tiles(64, 32, 4, 3, False, True))),
+        (128, _both(64, 64, 4, 2, True)),
+        (256, _both(64, 32, 8, 2, True, True)),
+    ),
 }
 _SINGLE = {
-    "fwd": ((64, Tiles(64, 32, 4, 1)), (128, Tiles(32, 32, 4, 1)), (256, Tiles(16, 16, 4, 1))),
-    "dq": ((64, Tiles(32, 32, 4, 1)), (128, Tiles(32, 16, 4, 1)), (256, Tiles(16, 16, 4, 1))),
-    "dkv": ((64, Tiles(32, 32, 4, 1)), (128, Tiles(32, 16, 4, 1)), (256, Tiles(16, 16, 4, 1))),
+    "fwd": ((64, _both(32, 32, 4, 1)), (128, _both(32, 32, 8, 1)), (256, _both(16, 16, 4, 1))),
+    "dq": ((64, _both(32, 32, 4, 1)), (128, _both(32, 32, 8, 1)), (256, _both(16, 16, 8, 1))),
+    "dkv": ((64, _both(32, 32, 4, 1)), (128, _both(32, 32, 8, 1)), (256, _both(32, 16, 8, 1))),
 }
 
 
-def tiles_for(kernel: str, width: int, itemsize: int) -> Tiles:
+def tiles_for(kernel: str, width: int, itemsize: int, short: bool) -> Tiles:
     """The tiles of a kernel for head dims up to `width`."""
     table = (_HALF if itemsize == 2 else _SINGLE)[kernel]
-    return next(tiles for widest, tiles in table if width <= widest)
+    return next(pair[short] for widest, pair in table if width <= widest)
 
 
 class _Facts(NamedTuple):
-    """All that a kernel is compiled for, beyond what follows from the strides."""
+    """All that a kernel is compiled for, beyond the kernel itself."""
 
     device: int
     dtype: torch.dtype
-    group: int
-    inner: int
+    heads: int
+    kv_heads: int
     head_dim: int
     v_dim: int
     has_left: bool
     has_right: bool
     softcap: bool
     scaled: bool
-    extra: bool  # forward: sinks; dq: the LSE has a gradient
+    extra: torch.dtype | None  # forward: of the sinks; dq: of the LSE's gradient
+    lse: bool  # forward: whether to write it
     tma: bool
     odd_strides: int  # two bits for each stride: whether it is no multiple of 16, and whether it is 1
-    extra_dtype: torch.dtype | None
+    regime: int
 
 
-_LAUNCHERS: dict[tuple[str, _Facts], tuple[Launcher, Tiles]] = {}
+LONG, MEDIUM, SHORT = 0, 1, 2
+
+
+def _regime(rows: int, offsets: torch.Tensor) -> int:
+    """How to schedule, by the mean length of the sequences on the side that a program walks over.
+
+    Of long sequences only the heads that share keys and values run side by side, which stay in the cache while the
+    other tiles of the sequence need them; of shorter ones all heads do, since those of a token lie together in memory.
+    """
+    batch = offsets.shape[0] - 1
+    return LONG if rows > 768 * batch else MEDIUM if rows > 256 * batch else SHORT
+
+
 _KERNELS = {"fwd": _attention_fwd_kernel, "dq": _attention_bwd_dq_kernel, "dkv": _attention_bwd_dkv_kernel}
+_LAUNCHERS: dict[tuple[str, _Facts], tuple[Launcher, Tiles]] = {}
 
 
 def _launcher(kernel: str, facts: _Facts) -> tuple[Launcher, Tiles]:
+    """The launcher of a kernel for these facts, made at the first call."""
     found = _LAUNCHERS.get((kernel, facts))
     if found is not None:
         return found
-    itemsize = facts.dtype.itemsize
-    width = max(facts.head_dim, facts.v_dim)
-    tiles = tiles_for(kernel, width, itemsize)
-    tma = facts.tma and tiles.tma
+    width, itemsize, short = max(facts.head_dim, facts.v_dim), facts.dtype.itemsize, facts.regime == SHORT
+    tiles = tiles_for(kernel, width, itemsize, short)
+    group = facts.heads // facts.kv_heads
+    programs, together = (facts.kv_heads, 1) if kernel == "dkv" else (facts.heads, group)
     constants: dict[str, Any] = {
-        "GROUP": facts.group,
-        "INNER": facts.inner,
+        "GROUP": group,
+        "INNER": together if facts.regime == LONG else programs,
         "D": facts.head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(facts.head_dim)),
         "D_V": facts.v_dim,
@@ -131,14 +186,13 @@ def _launcher(kernel: str, facts: _Facts) -> tuple[Launcher, Tiles]:
         "SOFTCAP": facts.softcap,
     }
     if kernel == "fwd":
-        constants |= {"SCALED": facts.scaled, "SINKS": facts.extra}
-    if kernel == "dq":
-        constants |= {"DLSE": facts.extra}
-    if kernel == "dkv":
-        constants |= {"BLOCK_ROWS": tiles_for("dq", width, itemsize).rows}
+        constants |= {"SCALED": facts.scaled, "SINKS": facts.extra is not None, "LSE": facts.lse}
+    elif kernel == "dq":
+        constants |= {"DLSE": facts.extra is not None}
+    else:
+        constants |= {"BLOCK_ROWS": tiles_for("dq", width, itemsize, short).rows}
+    tma = facts.tma and tiles.tma
     constants |= {"PRECISION": "ieee", "TMA": tma, "WHOLE": tiles.whole}
-    if kernel == "dkv":
-        constants |= {"ROWS_TMA": tma and tiles.rows_tma}
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     if not INTERPRETED:
         options |= {"enable_fp_fusion": True, "maxnreg": tiles.registers}
@@ -147,67 +201,64 @@ def _launcher(kernel: str, facts: _Facts) -> tuple[Launcher, Tiles]:
     return made
 
 
-def _facts(
+def _planned(
+    kernel: str,
     q: torch.Tensor,
-    heads: tuple[int, int],
-    widths: tuple[int, int],
+    v: torch.Tensor,
     options: Options,
     strides: tuple[int, ...],
     streamed: tuple[torch.Tensor, torch.Tensor],
     extra: torch.Tensor | None,
-    inner: int,
-) -> _Facts:
-    """What a kernel is compiled for; `streamed` are the tensors that it walks over."""
+    regime: int,
+    lse: bool = True,
+) -> tuple[Launcher, Tiles]:
+    """The launcher of a kernel for these tensors.
+
+    `strides` are those of all tensors that the kernel gets; `streamed`, the tensors that it walks over.
+    """
     device = device_number(q)
-    odd = 0
-    bit = 1
-    for stride in strides:
-        if stride & 15:
-            odd |= 3 * bit if stride == 1 else bit
-        bit <<= 2
-    return _Facts(
+    odd = sum((3 if s == 1 else 1) << 2 * i for i, s in enumerate(strides) if s % 16)
+    facts = _Facts(
         device,
         q.dtype,
-        heads[0] // heads[1],
-        inner,
-        widths[0],
-        widths[1],
+        q.shape[1],
+        v.shape[1],
+        q.shape[2],
+        v.shape[2],
         options.left >= 0,
         options.right >= 0,
         options.softcap > 0,
         options.scale <= 0,
-        extra is not None,
+        None if extra is None else extra.dtype,
+        lse,
         q.dtype.itemsize == 2 and capability(device)[0] >= 9 and all(_has_tma(x) for x in streamed),
         odd,
-        None if extra is None else extra.dtype,
+        regime,
     )
-
-
-def _heads_side_by_side(heads: int, group: int, rows: int, offsets: torch.Tensor) -> int:
-    """How many heads of a tile run at the same time.
-
-    Of short sequences all: the heads of a token lie together in memory. Of long ones those that share keys and
-    values, which stay in the cache while the other tiles of the sequence need them.
-    """
-    return heads if rows <= _SHORT * (offsets.shape[0] - 1) else group
+    return _launcher(kernel, facts)
 
 
 def _has_tma(x: torch.Tensor) -> bool:
-    """Whether the copy engine can read the heads of x: 16-byte rows at multiples of 16 bytes, at most 2 ** 31 apart."""
-    per_16_bytes = 15 // x.element_size()
+    """Whether the copy engine can read x: rows of 16 bytes or more at multiples of 16 bytes."""
     stride_t, stride_h, _ = x.stride()
-    return (
-        stride_t & per_16_bytes == 0
-        and stride_h & per_16_bytes == 0
-        and x.data_ptr() & 15 == 0
-        and x.shape[2] * x.element_size() >= 16
-        and 0 < stride_t
-    )
+    per_16_bytes = 16 // x.element_size()
+    if x.data_ptr() % 16:
+        return False
+    return stride_t > 0 and stride_t % per_16_bytes == 0 and stride_h % per_16_bytes == 0 and x.shape[2] >= per_16_bytes
 
 
 def _rows_dense(x: torch.Tensor) -> torch.Tensor:
     """x with its last axis dense: x itself, or a copy."""
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+class _Call(NamedTuple):
+    """A forward call that was made before with these offsets, in the same shapes: what is left is to launch it."""
+
+    launch: Launcher
+    grid: tuple[int, int, int]
+    tiles: torch.Tensor
+    scalars: tuple[int | float, ...]
 
 
 def forward(
@@ -219,28 +270,58 @@ def forward(
     cu_k: torch.Tensor,
     options: Options,
     kept: Kept | None,
+    with_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """O (T, H, D_v) in the dtype of q, and LSE (H, T), float32: every element is written."""
+    """O (T, H, D_v) in the dtype of q, and LSE (H, T), float32: every element is written.
+
+    Without `with_lse` the second one is O again.
+    """
     q, k, v = _rows_dense(q), _rows_dense(k), _rows_dense(v)
-    total, heads, head_dim = q.shape
-    total_k, kv_heads, v_dim = v.shape
-    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    inner = _heads_side_by_side(heads, heads // kv_heads, total_k, cu_k)
-    facts = _facts(q, (heads, kv_heads), (head_dim, v_dim), options, strides, (k, v), sinks, inner)
-    if _hopper.serves(facts, q, k, v):
-        return _hopper.forward(facts, q, k, v, sinks, _contiguous(cu_q), _contiguous(cu_k), options, kept)
-    launch, tiles = _launcher("fwd", facts)
-    left, right, scale, softcap = options
-    tile_map = _tiles.of(kept, _contiguous(cu_q), _contiguous(cu_k), total, total_k, tiles.rows, left, right)
-    o = torch.empty((total, heads, v_dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
-    sinks = lse if sinks is None else sinks.contiguous()
-    launch(
-        (tile_map.slots * heads, 1, 1),
-        (q, k, v, sinks, tile_map.tiles, o, lse),
-        (*strides, heads * v_dim, v_dim, total, tile_map.slots, scale, softcap, left, right),
-    )
+    shape, v_shape = q.shape, v.shape
+    o = torch.empty_like(q) if v_shape[2] == shape[2] and q.is_contiguous() else q.new_empty((*shape[:2], v_shape[2]))
+    lse = q.new_empty((shape[1], shape[0]), dtype=torch.float32) if with_lse else o
+    if sinks is not None:
+        sinks = sinks.contiguous()
+    q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    odd = (q_at & 15, k_at & 15, v_at & 15) if (q_at | k_at | v_at) & 15 else None
+    facts = (
+        shape, v_shape, q.stride(), k.stride(), v.stride(), q.dtype, options, with_lse, odd,
+        None if sinks is None else sinks.dtype,
+    )  # fmt: skip
+    call: _Call | None = _tiles.recall(kept, facts, cu_q, cu_k)
+    if call is None:
+        call = _prepare(q, k, v, sinks, cu_q, cu_k, options, kept, with_lse)
+        _tiles.keep(kept, facts, cu_q, cu_k, call)
+    call.launch(call.grid, (q, k, v, o if sinks is None else sinks, call.tiles, o, lse), call.scalars)
     return o, lse
+
+
+def _prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    options: Options,
+    kept: Kept | None,
+    with_lse: bool,
+) -> _Call:
+    total, heads, _ = q.shape
+    total_k, _, v_dim = v.shape
+    strides = q.stride()[:2] + k.stride()[:2] + v.stride()[:2]
+    regime = _regime(total_k, cu_k)
+    left, right, scale, softcap = options
+    hopper = _hopper.plan(q, k, v, sinks, options, cu_q.shape[0] - 1, regime == LONG, with_lse)
+    if hopper is not None:
+        launch, rows = hopper
+    else:
+        launch, tiles = _planned("fwd", q, v, options, strides, (k, v), sinks, regime, with_lse)
+        rows = tiles.rows
+    tile_map, slots = _tiles.of(kept, cu_q, cu_k, total, total_k, rows, left, right)
+    programs = slots * heads if hopper is None else min(slots * heads, processors(device_number(q)))
+    scalars = (*strides, heads * v_dim, v_dim, total, slots, scale, softcap, left, right)
+    return _Call(launch, (programs, 1, 1), tile_map, scalars)
 
 
 def backward(
@@ -268,13 +349,11 @@ def backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
     left, right, scale, softcap = options
-    cu_q, cu_k = _contiguous(cu_q), _contiguous(cu_k)
-    inputs = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    inputs = q.stride()[:2] + k.stride()[:2] + v.stride()[:2]
 
-    strides = (*inputs, *o.stride()[:2], *do.stride()[:2])
-    inner = _heads_side_by_side(heads, heads // kv_heads, total_k, cu_k)
-    facts = _facts(q, (heads, kv_heads), (head_dim, v_dim), options, strides, (k, v), dlse, inner)
-    launch, tiles = _launcher("dq", facts)
+    regime = _regime(max(total, total_k), cu_k)
+    strides = inputs + o.stride()[:2] + do.stride()[:2]
+    launch, tiles = _planned("dq", q, v, options, strides, (k, v), dlse, regime)
     tile_map = _tiles.of(kept_q, cu_q, cu_k, total, total_k, tiles.rows, left, right)
     slots = tile_map.slots
     rows = torch.empty((heads, slots, 2, tiles.rows), dtype=torch.float32, device=q.device)
@@ -284,10 +363,8 @@ def backward(
         (*strides, heads * head_dim, head_dim, total, slots, scale, softcap, left, right),
     )
 
-    strides = (*inputs, *do.stride()[:2])
-    inner = _heads_side_by_side(kv_heads, 1, total, cu_q)
-    facts = _facts(q, (heads, kv_heads), (head_dim, v_dim), options, strides, (q, do), None, inner)
-    launch, tiles = _launcher("dkv", facts)
+    strides = inputs + do.stride()[:2]
+    launch, tiles = _planned("dkv", q, v, options, strides, (q, do), None, regime)
     tile_map = _tiles.of(kept_k, cu_k, cu_q, total_k, total, tiles.rows, right, left)
     launch(
         (tile_map.slots * kv_heads, 1, 1),
@@ -299,7 +376,3 @@ def backward(
         dsinks = torch.exp(sinks.float()[:, None] - lse) * -delta
         dsinks = torch.where(delta == 0, 0.0, dsinks).sum(1).to(sinks.dtype)
     return dq, dk, dv, dsinks
-
-
-def _contiguous(offsets: torch.Tensor) -> torch.Tensor:
-    return offsets if offsets.is_contiguous() else offsets.contiguous()

@@ -1,4 +1,4 @@
-"""Attention forward on Hopper (sm_90): which calls its own kernel serves, and launching it."""
+"""Attention forward on Hopper (sm_90): which calls a kernel of its own serves, and what that kernel is compiled for."""
 
 from __future__ import annotations
 
@@ -7,123 +7,122 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import triton
 
-from . import _tiles
-from ._launch import INTERPRETED, Launcher, capability, processors
+from ._launch import INTERPRETED, Launcher, capability, device_number
 
 if TYPE_CHECKING:
-    from ._attention_launch import Options, _Facts
-    from ._tiles import Kept
+    from ._attention_launch import Options
 
-_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+_HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 _MOST_ROWS = 1 << 30  # a box of the copy engine counts its rows up to here
 _MOST_COLUMNS = 1 << 31
+_MOST_TILES = 1 << 30
+_ROWS = 128  # of a tile
 
 
 class Config(NamedTuple):
-    """How the kernel cuts its work: warpgroups of 64 rows, places of the other side a step, and stages of loads."""
+    """How the kernel cuts its work.
 
-    groups: int
+    Attributes
+    ----------
+    step : int
+        Keys a step: what a result depends on, bit for bit.
+    tiles, stages : int
+        Tiles whose queries, and blocks whose keys and values, are in shared memory at once.
+    """
+
     step: int
+    tiles: int
     stages: int
-    pingpong: bool
-    eight: int = 8
-    tied: bool = True
-    late: bool = False
-    merge: bool = False
-    unroll: bool = False
-    tiles: int = 2
 
 
-_CONFIGS = {128: Config(2, 128, 2, False), 64: Config(2, 128, 2, False)}
+CONFIGS = {64: Config(128, 4, 4), 128: Config(128, 2, 2)}
 _LAUNCHERS: dict[Any, Launcher] = {}
 
 
-def serves(facts: _Facts, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether this call has a kernel here, faster than the portable one."""
-    if (
-        not facts.tma
-        or facts.head_dim != facts.v_dim
-        or facts.head_dim not in _CONFIGS
-        or not _GLUON
-        or INTERPRETED
-        or capability(facts.device) != (9, 0)
-    ):
-        return False
-    return _reaches(q) and _reaches(k) and _reaches(v)
+def plan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    options: Options,
+    batch: int,
+    long: bool,
+    with_lse: bool,
+) -> tuple[Launcher, int] | None:
+    """The launcher of this call's kernel, and how many rows its tiles have; None if no kernel here serves the call."""
+    if INTERPRETED or why_not(q, k, v, batch) is not None:
+        return None
+    device, config = device_number(q), CONFIGS[q.shape[2]]
+    odd = [(stride % 16, stride == 1) for x in (q, k, v) for stride in x.stride()[:2]]
+    facts = (
+        device, config, long, with_lse, q.dtype, None if sinks is None else sinks.dtype, q.shape[1:], k.shape[1],
+        options.left < 0, options.right < 0, options.softcap > 0, options.scale <= 0, tuple(odd),
+    )  # fmt: skip
+    launch = _LAUNCHERS.get(facts)
+    if launch is None:
+        constants = _constants(q, k, sinks, options, config, long, with_lse)
+        launch = _LAUNCHERS[facts] = _launcher(device, constants)
+    return launch, _ROWS
+
+
+def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int) -> str | None:
+    """Say what speaks against the kernel for Hopper: a reason for the portable one."""
+    if capability(device_number(q)) != (9, 0):
+        return "its instructions are those of sm_90"
+    if not _HAS_GLUON:
+        return f"Gluon, its language, came with Triton 3.6; this is {triton.__version__}"
+    if q.dtype.itemsize != 2:
+        return f"it multiplies 16-bit numbers, not {q.dtype}"
+    if q.shape[2] != v.shape[2] or q.shape[2] not in CONFIGS:
+        return f"it has head dims {list(CONFIGS)}, the same of q and v, not {q.shape[2]} and {v.shape[2]}"
+    if not (_reaches(q) and _reaches(k) and _reaches(v)):
+        return "the copy engine needs rows at multiples of 16 bytes, and 32 bits to count them and the places in them"
+    if (q.shape[0] // _ROWS + batch + 1) * q.shape[1] >= _MOST_TILES:
+        return f"it counts tiles up to {_MOST_TILES}"
+    return None
 
 
 def _reaches(x: torch.Tensor) -> bool:
-    """Whether 32 bits count the rows of x, and the elements of a row from its first head to its last."""
     rows, heads, width = x.shape
     stride_t, stride_h, _ = x.stride()
     return (
         rows < _MOST_ROWS
         and (heads - 1) * stride_h + width < _MOST_COLUMNS
-        and stride_t & 7 == 0
-        and stride_h & 7 == 0
-        and stride_t > 0
-        and x.data_ptr() & 15 == 0
+        and 0 < stride_t < _MOST_COLUMNS
+        and stride_t % 8 == stride_h % 8 == x.data_ptr() % 16 == 0
     )
 
 
-def forward(
-    facts: _Facts,
+def _constants(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
     sinks: torch.Tensor | None,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
     options: Options,
-    kept: Kept | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """O (T, H, D_v) in the dtype of q, and LSE (H, T), float32: every element is written."""
-    total, heads, _ = q.shape
-    total_k, _, v_dim = v.shape
-    config = _CONFIGS[v_dim]
-    left, right, scale, softcap = options
-    key = (facts, heads)
-    launch = _LAUNCHERS.get(key)
-    if launch is None:
-        launch = _LAUNCHERS[key] = _launcher(facts, heads, config)
-    tile_map = _tiles.of(kept, cu_q, cu_k, total, total_k, 64 * config.groups, left, right)
-    o = torch.empty((total, heads, v_dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
-    items = tile_map.slots * heads
-    launch(
-        (min(items, processors(facts.device)), 1, 1),
-        (q, k, v, lse if sinks is None else sinks.contiguous(), tile_map.tiles, tile_map.counters, o, lse),
-        (
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], heads * v_dim, v_dim, total, tile_map.slots, items,
-            scale, softcap, left, right,
-        ),
-    )  # fmt: skip
-    return o, lse
-
-
-def _launcher(facts: _Facts, heads: int, config: Config) -> Launcher:
-    from ._hopper_fwd_kernels import _hopper_fwd_kernel  # Gluon, which older Tritons lack
-
-    constants = {
+    config: Config,
+    long: bool,
+    with_lse: bool,
+) -> dict[str, Any]:
+    _, heads, width = q.shape
+    group = heads // k.shape[1]
+    return {
         "HEADS": heads,
-        "SHARED": facts.group,
-        "INNER": facts.inner,
-        "D": facts.head_dim,
-        "D_V": facts.v_dim,
-        "GROUPS": config.groups,
+        "SHARED": group,
+        "INNER": group if long else heads,
+        "D": width,
+        "D_V": width,
         "BLOCK_N": config.step,
         "TILES": config.tiles,
         "STAGES": config.stages,
-        "HAS_LEFT": facts.has_left,
-        "HAS_RIGHT": facts.has_right,
-        "SOFTCAP": facts.softcap,
-        "SCALED": facts.scaled,
-        "SINKS": facts.extra,
-        "PINGPONG": config.pingpong,
-        "EIGHT": config.eight,
-        "TIED": config.tied,
-        "LATE": config.late,
-        "MERGE": config.merge,
-        "UNROLL": config.unroll,
+        "HAS_LEFT": options.left >= 0,
+        "HAS_RIGHT": options.right >= 0,
+        "SOFTCAP": options.softcap > 0,
+        "SCALED": options.scale <= 0,
+        "SINKS": sinks is not None,
+        "LSE": with_lse,
     }
-    return Launcher(_hopper_fwd_kernel, facts.device, constants, workspace=True, num_warps=4, enable_fp_fusion=True)
+
+
+def _launcher(device: int, constants: dict[str, Any]) -> Launcher:
+    from ._hopper_fwd_kernels import _hopper_fwd_kernel  # in a language that older Tritons do not have
+
+    return Launcher(_hopper_fwd_kernel, device, constants, workspace=True, num_warps=4, enable_fp_fusion=True)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import triton
 
-from ..._backends.torch import is_traced
+from ..._backends.torch import is_recorded
+
+current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # a PyTorch without CUDA has none
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton runs kernels in Python (``TRITON_INTERPRET=1``), so that tensors on the CPU serve."""
@@ -133,4 +135,17 @@ def refuse_device(op: str, name: str, x: torch.Tensor) -> None:
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:
     """Whether no compiler or transformation looks on, so that a kernel may be launched rather than recorded."""
-    return not any(x is not None and is_traced(x) for x in tensors)
+    if torch.compiler.is_compiling() or is_recorded() or torch._C._are_functorch_transforms_active():
+        return False
+    for x in tensors:
+        if type(x) not in _PLAIN:
+            return False
+    return True
+
+
+def is_transformed() -> bool:
+    """Whether a transformation of `torch.func` is at work, outside of any compiler."""
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+
+
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})

@@ -17,6 +17,7 @@ from ._tiles_kernels import _count_tiles_kernel, _place_tiles_kernel
 FIELDS = 8
 _BUCKETS = 1024
 _LANES = 256
+_MOST_KEPT = 256
 
 _LAUNCHERS: dict[Any, tuple[Launcher, Launcher]] = {}
 
@@ -26,19 +27,16 @@ class TileMap(NamedTuple):
 
     Attributes
     ----------
-    tiles : tensor of (slots, 8), int32 (int64 where an index needs it)
+    tiles : tensor of (slots + 1, 8), int32 (int64 where an index needs it)
         A tile each: start and length of its sequence, start and length of the sequence on the other side, number of
-        the tile in its sequence, kind, and number of the sequence.
+        the tile in its sequence, kind, and number of the sequence. The last row is zeros before and after each kernel:
+        counters for one that takes its tiles as it goes. A map is used on one stream only, so no two do so at once.
     slots : int
         The size of the grid.
-    counters : tensor of (2,), int32
-        Zeros before and after each kernel that takes its tiles from a counter. A map is used on one stream only, so no
-        two such kernels run at once.
     """
 
     tiles: torch.Tensor
     slots: int
-    counters: torch.Tensor
 
 
 def build(
@@ -56,6 +54,7 @@ def build(
     left, right : int
         How many places to each side of its own a row sees; -1 for all.
     """
+    offsets, other = offsets.contiguous(), other.contiguous()
     batch = offsets.shape[0] - 1
     slots = total // block + batch + 1
     wide = max(total, other_total) + block >= 2**31
@@ -71,13 +70,13 @@ def build(
             Launcher(_count_tiles_kernel, device, constants, num_warps=4),
             Launcher(_place_tiles_kernel, device, constants, num_warps=4),
         )
-    counts = torch.zeros(2 * _BUCKETS + 8, dtype=torch.int32, device=offsets.device)
-    tiles = torch.empty((slots, FIELDS), dtype=torch.int64 if wide else torch.int32, device=offsets.device)
+    counts = torch.zeros(2 * _BUCKETS + 1, dtype=torch.int32, device=offsets.device)
+    tiles = torch.empty((slots + 1, FIELDS), dtype=torch.int64 if wide else torch.int32, device=offsets.device)
     scalars = (batch, slots, left, right, batch.bit_length())
     count, place = launchers
     count((-(-max(slots, batch + 1) // _LANES), 1, 1), (offsets, other, counts), (total, other_total, *scalars))
     place((-(-slots // _LANES), 1, 1), (offsets, other, counts, tiles), (total, *scalars))
-    return TileMap(tiles, slots, counts[2 * _BUCKETS + 4 :])
+    return TileMap(tiles, slots)
 
 
 Kept = dict[Any, Any]
@@ -99,30 +98,52 @@ def of(
     Nothing is kept while a CUDA graph is captured: the graph has to build the map again from the offsets of each
     replay. A map is used on the stream that built it only, and not again once the offsets were written to.
     """
-    if kept is None:
-        return build(offsets, other, total, other_total, block, left, right)
-    stream = 0
-    if not INTERPRETED:
-        if torch.cuda.is_current_stream_capturing():
-            return build(offsets, other, total, other_total, block, left, right)
-        stream = current_stream(offsets.get_device())
-    same = other is offsets
-    key = (0 if same else id(other), stream, total, other_total, block, left, right)
-    version = _version(offsets)
-    found: _Kept | None = kept.get(key)
-    if found is not None and found.version == version:
-        if same or (found.other is not None and found.other() is other and found.other_version == _version(other)):
-            return found.map
-    built = build(offsets, other, total, other_total, block, left, right)
-    kept[key] = _Kept(built, version, None if same else weakref.ref(other), _version(other))
-    return built
+    key = (total, other_total, block, left, right)
+    found: TileMap | None = recall(kept, key, offsets, other)
+    if found is None:
+        found = build(offsets, other, total, other_total, block, left, right)
+        keep(kept, key, offsets, other, found)
+    return found
 
 
-class _Kept(NamedTuple):
-    map: TileMap
+class _Entry(NamedTuple):
+    value: Any
     version: int
     other: weakref.ref[torch.Tensor] | None
     other_version: int
+
+
+def _key(facts: Any, offsets: torch.Tensor, other: torch.Tensor) -> Any:
+    return facts, 0 if INTERPRETED else current_stream(offsets.get_device()), 0 if other is offsets else id(other)
+
+
+def recall(kept: Kept | None, facts: Any, offsets: torch.Tensor, other: torch.Tensor) -> Any:
+    """What was kept under these facts, on this stream, for these two offsets as they still are; None otherwise."""
+    if kept is None:
+        return None
+    entry: _Entry | None = kept.get(_key(facts, offsets, other))
+    if entry is None or entry.version != _version(offsets) or is_captured():
+        return None
+    if entry.other is None or (entry.other() is other and entry.other_version == _version(other)):
+        return entry.value
+    return None
+
+
+def keep(kept: Kept | None, facts: Any, offsets: torch.Tensor, other: torch.Tensor, value: Any) -> None:
+    """Keep what was worked out from two offsets; not while a CUDA graph is captured."""
+    if kept is None or is_captured():
+        return
+    if len(kept) >= _MOST_KEPT:  # shapes that change at every call with the same offsets
+        kept.clear()
+    same = other is offsets
+    kept[_key(facts, offsets, other)] = _Entry(
+        value, _version(offsets), None if same else weakref.ref(other), _version(other)
+    )
+
+
+def is_captured() -> bool:
+    """Whether launches are recorded in a CUDA graph instead of run."""
+    return not INTERPRETED and torch.cuda.is_current_stream_capturing()
 
 
 def _version(x: torch.Tensor) -> int:
