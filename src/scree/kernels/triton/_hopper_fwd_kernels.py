@@ -44,9 +44,9 @@ def _ragged(ptr, stride_t, columns, BLOCK: gl.constexpr, WIDTH: gl.constexpr, LA
     cancel, what is left is ``(start + r) * stride_t``, and c is within its bound, END, as long as r < length.
     """
     far: gl.constexpr = FAR
-    shape = [UNBOUNDED, UNBOUNDED, END, columns]
-    strides = [far - stride_t, stride_t, stride_t, 1]
-    return tma.make_tensor_descriptor(ptr, shape, strides, [1, 1, BLOCK, WIDTH], LAYOUT)
+    return tma.make_tensor_descriptor(
+        ptr, [UNBOUNDED, UNBOUNDED, END, columns], [far - stride_t, stride_t, stride_t, 1], [1, 1, BLOCK, WIDTH], LAYOUT
+    )
 
 
 @gluon.jit
@@ -166,11 +166,9 @@ def _multiply(
     while kind != ABSENT:
         slot = turn % TILES
         q = q_sm.index(slot * GROUPS + GROUP).reshape([ROWS, D])
-        q_start = _read(tile_sm, slot * FIELDS + 1)
         q_length = _read(tile_sm, slot * FIELDS + 2)
         k_length = _read(tile_sm, slot * FIELDS + 3)
         block = _read(tile_sm, slot * FIELDS + 4)
-        head = _read(tile_sm, slot * FIELDS + 5)
         begin, all_begin, all_end, end = _span(
             block, q_length, k_length, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
         )
@@ -222,10 +220,17 @@ def _multiply(
                     GROUP, BLOCK_N, D, D_V, STAGES, o_layout, p_layout, s_layout,
                 )  # fmt: skip
                 count += 1
-        mbarrier.arrive(tile_empty.index(slot), count=1)
         before = (count - 1) % STAGES
         mbarrier.wait(v_full.index(before), (count - 1) // STAGES & 1)
         o = warpgroup_mma(p, v_sm.index(before).reshape([BLOCK_N, D_V]), o, is_async=True)
+        # Once more from memory: registers are scarce in the loops.
+        kind = _read(tile_sm, slot * FIELDS)
+        q_start = _read(tile_sm, slot * FIELDS + 1)
+        q_length = _read(tile_sm, slot * FIELDS + 2)
+        row = _read(tile_sm, slot * FIELDS + 4) * BLOCK_M + GROUP * ROWS
+        head = _read(tile_sm, slot * FIELDS + 5)
+        mbarrier.arrive(tile_empty.index(slot), count=1)
+        rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
         total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, s_layout))
         rescale = gl.full([ROWS], 1.0, gl.float32, layout=gl.SliceLayout(1, s_layout))
         if SINKS:
@@ -248,7 +253,6 @@ def _multiply(
         o = o * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, o_layout)), 1)
         o_tile.reshape([ROWS, D_V]).store(o.to(q.dtype))
         fence_async_shared()
-        row = block * BLOCK_M + GROUP * ROWS
         _store(o_desc, q_start, q_length, row, (head * stride_o_h).to(gl.int32), o_tile)
         turn += 1
         mbarrier.wait(tile_full.index(turn % TILES), turn // TILES & 1)
