@@ -111,11 +111,22 @@ _PROCESSORS: dict[int, int] = {}
 
 
 def capability(device: int) -> tuple[int, int]:
-    """The compute capability of a device, (9, 0) for Hopper; that of Hopper too where the interpreter runs."""
+    """The compute capability of a device, (9, 0) for Hopper; (0, 0) for AMD, Hopper's where the interpreter runs."""
     found = _CAPABILITIES.get(device)
     if found is None:
-        found = _CAPABILITIES[device] = (9, 0) if INTERPRETED else torch.cuda.get_device_capability(device)
+        amd = torch.version.hip is not None
+        found = (9, 0) if INTERPRETED else (0, 0) if amd else torch.cuda.get_device_capability(device)
+        _CAPABILITIES[device] = found
     return found
+
+
+# CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"; AMD's local data share
+_SHARED_KIB = {(0, 0): 64, (8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
+
+
+def shared_memory(device: int) -> int:
+    """How many bytes of shared memory one program may have; 99 KiB on what is not known to have more."""
+    return _SHARED_KIB.get(capability(device), 99) * 1024
 
 
 def processors(device: int) -> int:
