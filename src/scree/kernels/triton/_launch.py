@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Any
 
 import torch
@@ -99,6 +101,34 @@ class Launcher:
 
 def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def capture_number(device: int) -> int | None:
+    """0 outside of the capture of a CUDA graph, else the driver's number of the capture; None where it tells none."""
+    if INTERPRETED or not torch.cuda.is_current_stream_capturing():
+        return 0
+    ask = _capture_info()
+    if ask is None:
+        return None
+    status, number = ctypes.c_int(), ctypes.c_ulonglong()
+    failed = ask(ctypes.c_void_p(current_stream(device)), ctypes.byref(status), ctypes.byref(number), None, None, None)
+    return None if failed or not number.value else number.value
+
+
+_CAPTURE_INFO: list[Any] = []
+
+
+def _capture_info() -> Any:
+    """The driver's cuStreamGetCaptureInfo, or None where there is no such thing (AMD)."""
+    if not _CAPTURE_INFO:
+        found = None
+        if torch.version.cuda is not None:
+            try:
+                found = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuStreamGetCaptureInfo_v2
+            except (OSError, AttributeError):
+                found = None
+        _CAPTURE_INFO.append(found)
+    return _CAPTURE_INFO[0]
 
 
 def device_number(x: torch.Tensor) -> int:
