@@ -29,6 +29,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0), "gfx942": (9, 4)}
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+"""The shared memory of a program at most, in bytes."""
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.bool: "*i1",
     torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
@@ -108,6 +110,7 @@ def recording(monkeypatch, target):
                     ("_LAUNCHERS", {}),
                     ("current_stream", lambda device: 0),
                     ("refuse_device", lambda *_: None),
+                    ("serves", lambda *_: True),
                 ):
                     if hasattr(module, there):
                         patch.setattr(module, there, instead)
