@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -148,7 +149,8 @@ def _table_gradients(
     positions = torch.where(used, positions, cos.shape[0]).clamp(max=cos.shape[0])
     positions, order = torch.sort(positions.long(), stable=True)
     bounds = torch.searchsorted(positions, torch.arange(cos.shape[0] + 1, device=x.device))
-    x, dy = (xp.upcast(t).reshape(tokens, -1, 2 * half) for t in (x, dy))
+    heads = math.prod(x.shape[1:-1])
+    x, dy = (xp.upcast(t).reshape(tokens, heads, 2 * half) for t in (x, dy))
     if interleaved:
         x1, x2, dy1, dy2 = x[..., 0::2], x[..., 1::2], dy[..., 0::2], dy[..., 1::2]
     else:
