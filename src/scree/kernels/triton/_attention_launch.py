@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from . import _tiles
+from . import _hopper, _tiles
 from ._attention_bwd_kernels import _attention_bwd_dkv_kernel, _attention_bwd_dq_kernel
 from ._attention_fwd_kernels import _attention_fwd_kernel
-from ._launch import INTERPRETED, Launcher, capability, device_number, shared_memory
+from ._launch import INTERPRETED, Launcher, capability, device_number, processors, shared_memory
 from ._tiles import Kept
 
 WIDEST = 256
@@ -327,11 +327,18 @@ def _prepare(
     total, heads, _ = q.shape
     total_k, _, v_dim = v.shape
     strides = q.stride()[:2] + k.stride()[:2] + v.stride()[:2]
-    launch, tiles = _planned("fwd", q, v, options, strides, (k, v), sinks, _regime(total_k, cu_k), with_lse)
+    regime = _regime(total_k, cu_k)
     left, right, scale, softcap = options
-    tile_map, slots = _tiles.of(kept, cu_q, cu_k, total, total_k, tiles.rows, left, right)
+    hopper = _hopper.plan(q, k, v, sinks, options, cu_q.shape[0] - 1, regime == LONG, with_lse)
+    if hopper is not None:
+        launch, rows = hopper
+    else:
+        launch, tiles = _planned("fwd", q, v, options, strides, (k, v), sinks, regime, with_lse)
+        rows = tiles.rows
+    tile_map, slots = _tiles.of(kept, cu_q, cu_k, total, total_k, rows, left, right)
+    programs = slots * heads if hopper is None else min(slots * heads, processors(device_number(q)))
     scalars = (*strides, heads * v_dim, v_dim, total, slots, scale, softcap, left, right)
-    return _Call(launch, (slots * heads, 1, 1), tile_map, scalars)
+    return _Call(launch, (programs, 1, 1), tile_map, scalars)
 
 
 def backward(

@@ -27,9 +27,10 @@ class TileMap(NamedTuple):
 
     Attributes
     ----------
-    tiles : tensor of (slots, 8), int32 (int64 where an index needs it)
+    tiles : tensor of (slots + 1, 8), int32 (int64 where an index needs it)
         A tile each: start and length of its sequence, start and length of the sequence on the other side, number of
-        the tile in its sequence, kind, and number of the sequence.
+        the tile in its sequence, kind, and number of the sequence. The last row is zeros before and after each kernel:
+        counters for one that takes its tiles as it goes. A map is used on one stream only, so no two do so at once.
     slots : int
         The size of the grid.
     """
@@ -70,7 +71,7 @@ def build(
             Launcher(_place_tiles_kernel, device, constants, num_warps=4),
         )
     counts = torch.zeros(2 * _BUCKETS + 1, dtype=torch.int32, device=offsets.device)
-    tiles = torch.empty((slots, FIELDS), dtype=torch.int64 if wide else torch.int32, device=offsets.device)
+    tiles = torch.empty((slots + 1, FIELDS), dtype=torch.int64 if wide else torch.int32, device=offsets.device)
     scalars = (batch, slots, left, right, batch.bit_length())
     count, place = launchers
     count((-(-max(slots, batch + 1) // _LANES), 1, 1), (offsets, other, counts), (total, other_total, *scalars))

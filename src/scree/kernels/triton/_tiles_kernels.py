@@ -120,3 +120,5 @@ def _place_tiles_kernel(
     tl.store(entry + 4, block.to(integer), mask=inside)
     tl.store(entry + 5, kind.to(integer), mask=inside)
     tl.store(entry + 6, row.to(integer), mask=inside)
+    counters = tiles_ptr + tl.cast(slots, tl.int64) * FIELDS + tl.arange(0, FIELDS)
+    tl.store(counters, tl.zeros([FIELDS], integer), mask=tl.program_id(0) == 0)

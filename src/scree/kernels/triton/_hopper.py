@@ -1,0 +1,128 @@
+"""Attention forward on Hopper (sm_90): which calls a kernel of its own serves, and what that kernel is compiled for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import triton
+
+from ._launch import INTERPRETED, Launcher, capability, device_number
+
+if TYPE_CHECKING:
+    from ._attention_launch import Options
+
+_HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+_MOST_ROWS = 1 << 30  # a box of the copy engine counts its rows up to here
+_MOST_COLUMNS = 1 << 31
+_MOST_TILES = 1 << 30
+_ROWS = 128  # of a tile
+
+
+class Config(NamedTuple):
+    """How the kernel cuts its work.
+
+    Attributes
+    ----------
+    step : int
+        Keys a step: what a result depends on, bit for bit.
+    tiles, stages : int
+        Tiles whose queries, and blocks whose keys and values, are in shared memory at once.
+    """
+
+    step: int
+    tiles: int
+    stages: int
+
+
+CONFIGS = {64: Config(128, 4, 4), 128: Config(128, 2, 2)}
+_LAUNCHERS: dict[Any, Launcher] = {}
+
+
+def plan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    options: Options,
+    batch: int,
+    long: bool,
+    with_lse: bool,
+) -> tuple[Launcher, int] | None:
+    """The launcher of this call's kernel, and how many rows its tiles have; None if no kernel here serves the call."""
+    if INTERPRETED or why_not(q, k, v, batch) is not None:
+        return None
+    device, config = device_number(q), CONFIGS[q.shape[2]]
+    odd = [(stride % 16, stride == 1) for x in (q, k, v) for stride in x.stride()[:2]]
+    facts = (
+        device, config, long, with_lse, q.dtype, None if sinks is None else sinks.dtype, q.shape[1:], k.shape[1],
+        options.left < 0, options.right < 0, options.softcap > 0, options.scale <= 0, tuple(odd),
+    )  # fmt: skip
+    launch = _LAUNCHERS.get(facts)
+    if launch is None:
+        constants = _constants(q, k, sinks, options, config, long, with_lse)
+        launch = _LAUNCHERS[facts] = _launcher(device, constants)
+    return launch, _ROWS
+
+
+def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int) -> str | None:
+    """Say what speaks against the kernel for Hopper: a reason for the portable one."""
+    if capability(device_number(q)) != (9, 0):
+        return "its instructions are those of sm_90"
+    if not _HAS_GLUON:
+        return f"Gluon, its language, came with Triton 3.6; this is {triton.__version__}"
+    if q.dtype.itemsize != 2:
+        return f"it multiplies 16-bit numbers, not {q.dtype}"
+    if q.shape[2] != v.shape[2] or q.shape[2] not in CONFIGS:
+        return f"it has head dims {list(CONFIGS)}, the same of q and v, not {q.shape[2]} and {v.shape[2]}"
+    if not (_reaches(q) and _reaches(k) and _reaches(v)):
+        return "the copy engine needs rows at multiples of 16 bytes, and 32 bits to count them and the places in them"
+    if (q.shape[0] // _ROWS + batch + 1) * q.shape[1] >= _MOST_TILES:
+        return f"it counts tiles up to {_MOST_TILES}"
+    return None
+
+
+def _reaches(x: torch.Tensor) -> bool:
+    rows, heads, width = x.shape
+    stride_t, stride_h, _ = x.stride()
+    return (
+        rows < _MOST_ROWS
+        and (heads - 1) * stride_h + width < _MOST_COLUMNS
+        and 0 < stride_t < _MOST_COLUMNS
+        and stride_t % 8 == stride_h % 8 == x.data_ptr() % 16 == 0
+    )
+
+
+def _constants(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    sinks: torch.Tensor | None,
+    options: Options,
+    config: Config,
+    long: bool,
+    with_lse: bool,
+) -> dict[str, Any]:
+    _, heads, width = q.shape
+    group = heads // k.shape[1]
+    return {
+        "HEADS": heads,
+        "SHARED": group,
+        "INNER": group if long else heads,
+        "D": width,
+        "D_V": width,
+        "BLOCK_N": config.step,
+        "TILES": config.tiles,
+        "STAGES": config.stages,
+        "HAS_LEFT": options.left >= 0,
+        "HAS_RIGHT": options.right >= 0,
+        "SOFTCAP": options.softcap > 0,
+        "SCALED": options.scale <= 0,
+        "SINKS": sinks is not None,
+        "LSE": with_lse,
+    }
+
+
+def _launcher(device: int, constants: dict[str, Any]) -> Launcher:
+    from ._hopper_fwd_kernels import _hopper_fwd_kernel  # in a language that older Tritons do not have
+
+    return Launcher(_hopper_fwd_kernel, device, constants, workspace=True, num_warps=4, enable_fp_fusion=True)
