@@ -17,6 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from scree.kernels import _dispatch
 from scree.kernels import triton as fast
@@ -122,7 +123,8 @@ class Code:
 
     def __init__(self, launch, target):
         attributes = {(i,): [["tt.divisibility", 16]] for i in launch.divisible}
-        source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
+        kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+        source = kind(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
         options = dict(launch.options)
         made = triton.compile(source, target=TARGETS[target], options=options)
         self.launch, self.target = launch, target

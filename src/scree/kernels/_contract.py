@@ -70,7 +70,9 @@ def attention(
         if arr is q or values.dtype != dtype:
             floating(op, xp, values, name)
         if values.dtype != dtype:
-            raise TypeError(f"{op}: {name} has dtype {xp.dtype_name(values)}, q has {xp.dtype_name(queries)}; all must agree")
+            raise TypeError(
+                f"{op}: {name} has dtype {xp.dtype_name(values)}, q has {xp.dtype_name(queries)}; all must agree"
+            )
         if arr is not q:
             same_device(xp, values, queries, f"{op}: {name}", "q")
         if arr._structure is not q._structure and arr.batch_size != q.batch_size:

@@ -43,7 +43,16 @@ def varlen_attention(
     queries: torch.Tensor = q._values
     options = Options.of(causal, scale, window_size, softcap, queries.shape[2])
     o, lse = _attend(
-        queries, k._values, v._values, sinks, q._offsets, k._offsets, options, q._structure.derived, k._structure.derived, return_lse
+        queries,
+        k._values,
+        v._values,
+        sinks,
+        q._offsets,
+        k._offsets,
+        options,
+        q._structure.derived,
+        k._structure.derived,
+        return_lse,
     )
     result = Array._make(o, q._offsets, 0, q._structure)
     return (result, Array._make(lse.t(), q._offsets, 0, q._structure)) if return_lse else result
@@ -108,7 +117,7 @@ def _is_sound(
         and cu_q.dtype is torch.int32
         and (cu_q is cu_k or cu_k.dtype is torch.int32)
         and len(cu_q.shape) == 1
-        and 0 < cu_q.shape[0]
+        and cu_q.shape[0] > 0
         and cu_q.shape == cu_k.shape
     )
 
@@ -139,14 +148,22 @@ def _checked(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; needs (T, heads, head_dim)")
-    arrays = [Array._make(x, cu, 0, Structure()) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))]
+    q_arr, k_arr, v_arr = (Array._make(x, cu, 0, Structure()) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k)))
     options = _contract.attention(
-        *arrays, causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks, return_lse=return_lse
+        q_arr,
+        k_arr,
+        v_arr,
+        causal,
+        scale=scale,
+        window_size=window_size,
+        softcap=softcap,
+        sinks=sinks,
+        return_lse=return_lse,
     )
     refuse_device(op, "q", q)
     if q.dtype not in _DTYPES:
         raise NotImplementedError(f"{op}: q has dtype {q.dtype}; serves float16, bfloat16 and float32")
-    against = why_not(_OP, *arrays)
+    against = why_not(_OP, q_arr, k_arr, v_arr)
     if against is not None:
         raise NotImplementedError(f"{op}: {against}")
     return options.scale, options.window_size, options.softcap
@@ -216,7 +233,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
+    def backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, sinks, cu_q, cu_k, o, lse = ctx.saved_tensors
         if do is None and dlse is None:
             return (None,) * 9
@@ -244,7 +261,7 @@ class _Transformed(torch.autograd.Function):
         _setup_context(ctx, (*inputs[:6], *inputs[6]), output)
 
     @staticmethod
-    def backward(ctx: Any, do: torch.Tensor, dlse: torch.Tensor) -> Any:
+    def backward(ctx: Any, do: torch.Tensor, dlse: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors
         dq, dk, dv, dsinks = _TransformedBackward.apply(do, dlse, *saved, *ctx.options)  # pyright: ignore[reportGeneralTypeIssues]
         return dq, dk, dv, None if saved[3] is None else dsinks, None, None, None
@@ -260,7 +277,7 @@ class _TransformedBackward(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         raise NotImplementedError(
             f"{_OP}: the gradient of the Triton kernels is not differentiable; implementation='reference' is"
         )
@@ -273,9 +290,7 @@ _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor cu_q, Tensor cu_k
 _OPTIONS = "int left, int right, float scale, float softcap"
 
 
-@torch.library.custom_op(
-    "scree::attention", mutates_args=(), schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)"
-)
+@torch.library.custom_op("scree::attention", mutates_args=(), schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 def _attention_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -356,9 +371,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, do: torch.Tensor, dlse: torch.Tensor) -> tuple[Any, ...]:
     q, k, v, sinks, cu_q, cu_k, o, lse = ctx.saved_tensors
-    dq, dk, dv, dsinks = torch.ops.scree.attention_backward(
-        do, dlse, q, k, v, sinks, cu_q, cu_k, o, lse, *ctx.options
-    )
+    dq, dk, dv, dsinks = torch.ops.scree.attention_backward(do, dlse, q, k, v, sinks, cu_q, cu_k, o, lse, *ctx.options)
     return dq, dk, dv, None if sinks is None else dsinks, *(None,) * 6
 
 

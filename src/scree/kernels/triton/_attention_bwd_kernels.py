@@ -120,7 +120,9 @@ def _attention_bwd_dq_kernel(
         v_desc = v_ptr
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     shift = k_length - q_length
-    begin, all_begin, all_end, end = _span(block, q_length, k_length, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+    begin, all_begin, all_end, end = _span(
+        block, q_length, k_length, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
     if WHOLE:
         dq = _dq_blocks(
             dq, q, do, lse, delta, k_ptr, k_desc, v_ptr, v_desc, stride_k_t, stride_v_t, rows, begin, end, shift,
@@ -223,7 +225,9 @@ def _attention_bwd_dkv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D_V], tl.float32)
     shift = q_length - k_length
-    begin, all_begin, all_end, end = _span(block, k_length, q_length, right, left, BLOCK_N, BLOCK_M, HAS_RIGHT, HAS_LEFT)
+    begin, all_begin, all_end, end = _span(
+        block, k_length, q_length, right, left, BLOCK_N, BLOCK_M, HAS_RIGHT, HAS_LEFT
+    )
     if TMA and not HAS_LEFT:  # rows beyond the last have an LSE of +inf, and the hardware reads zeros for them
         all_end = tl.maximum(end, all_begin)
     for member in range(GROUP):

@@ -191,7 +191,9 @@ def _attention_fwd_kernel(
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
     shift = k_length - q_length
-    begin, all_begin, all_end, end = _span(block, q_length, k_length, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+    begin, all_begin, all_end, end = _span(
+        block, q_length, k_length, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
     if WHOLE:
         o, total, top = _fwd_blocks(
             o, total, top, q, k_ptr, k_desc, v_ptr, v_desc, stride_k_t, stride_v_t, rows, begin, end, shift, k_length,

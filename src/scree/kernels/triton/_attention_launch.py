@@ -386,7 +386,19 @@ def backward(
     launch(
         (tile_map.slots * kv_heads, 1, 1),
         (q, k, v, do, rows, tile_map.tiles, dk, dv),
-        (*strides, kv_heads * head_dim, head_dim, kv_heads * v_dim, v_dim, tile_map.slots, slots, scale, softcap, left, right),
+        (
+            *strides,
+            kv_heads * head_dim,
+            head_dim,
+            kv_heads * v_dim,
+            v_dim,
+            tile_map.slots,
+            slots,
+            scale,
+            softcap,
+            left,
+            right,
+        ),
     )
     dsinks = None
     if sinks is not None:  # the sink is a key without a value: its score has the gradient -p * delta

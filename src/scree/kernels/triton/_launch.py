@@ -17,11 +17,6 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton runs kernels in Python (``TRITON_INTERPRET=1``), so that tensors on the CPU serve."""
 
 
-def current_stream(device: int) -> int:
-    """The current stream of a device, as a number."""
-    return torch._C._cuda_getCurrentRawStream(device)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 class Launcher:
     """One kernel with everything static that it is compiled for, launched without Triton's own look at each argument.
 
@@ -124,7 +119,9 @@ def _capture_info() -> Any:
         found = None
         if torch.version.cuda is not None:
             try:
-                found = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuStreamGetCaptureInfo_v2
+                found = ctypes.CDLL(
+                    "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+                ).cuStreamGetCaptureInfo_v2
             except (OSError, AttributeError):
                 found = None
         _CAPTURE_INFO.append(found)
@@ -178,7 +175,7 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     """Whether no compiler or transformation looks on, so that a kernel may be launched rather than recorded."""
     if torch.compiler.is_compiling() or is_recorded() or torch._C._are_functorch_transforms_active():
         return False
-    for x in tensors:
+    for x in tensors:  # noqa: SIM110, in less time than a generator takes
         if type(x) not in _PLAIN:
             return False
     return True
