@@ -1,6 +1,6 @@
 """Ragged arrays for every framework: one type for variable-length sequences, and the kernels that run on it."""
 
-from . import bridges, kernels
+from . import bridges, data, kernels
 from ._array import Array
 from ._packing import (
     concat,
@@ -20,6 +20,7 @@ __all__ = [
     "__version__",
     "bridges",
     "concat",
+    "data",
     "from_cu_seqlens",
     "from_lengths",
     "from_padded",
