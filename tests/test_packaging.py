@@ -31,7 +31,9 @@ PUBLIC = {
         "from_arrow", "from_awkward", "from_hf_padded", "from_tensorflow", "from_torch_nested", "to_arrow", "to_awkward",
         "to_hf_padded", "to_tensorflow", "to_torch_nested", *(f"to_{name}" for name in FRAMEWORKS),
     ),
-    "scree.data": ("Balance", "Plan", "TokenBatches", "balance", "plan_bins", "token_batches"),
+    "scree.data": (
+        "Balance", "Corpus", "Plan", "TokenBatches", "balance", "collate", "load", "plan_bins", "save", "token_batches",
+    ),
 }  # fmt: skip
 
 
