@@ -21,7 +21,7 @@ LONGEST_FILE = 400  # lines
 PUBLIC = {
     "scree": (
         "Array", "__version__", "bridges", "concat", "data", "from_cu_seqlens", "from_lengths", "from_padded", "kernels",
-        "pack", "position_ids", "segment_ids", "to_padded", "unpack", "with_capacity",
+        "pack", "plot", "position_ids", "segment_ids", "to_padded", "unpack", "with_capacity",
     ),
     "scree.kernels": (
         "reference", "varlen_attention", "varlen_layernorm", "varlen_reduce", "varlen_rmsnorm", "varlen_rope",

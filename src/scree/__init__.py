@@ -13,6 +13,7 @@ from ._packing import (
     with_capacity,
 )
 from ._padding import from_padded, to_padded
+from ._plot import plot
 from ._version import __version__
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "from_padded",
     "kernels",
     "pack",
+    "plot",
     "position_ids",
     "segment_ids",
     "to_padded",

@@ -62,7 +62,7 @@ def _table(pa: Any, entries: Entries, layout: Layout) -> Any:
 def read_arrow(path: Path, mmap: bool) -> tuple[Lazy, Layout | None]:
     """Open a file, or a stream, of record batches, mapped or read."""
     pa = library("load", "pyarrow", "arrow")
-    with _naming(pa, path):
+    with naming(pa, path, "load: "):
         source = pa.memory_map(str(path)) if mmap else pa.py_buffer(path.read_bytes())
         try:
             reader = pa.ipc.open_file(source)
@@ -83,13 +83,13 @@ def read_parquet(path: Path, mmap: bool) -> tuple[Lazy, Layout | None]:
         )
     pa = library("load", "pyarrow", "arrow")
     pq = library("load", "pyarrow.parquet", "arrow")
-    with _naming(pa, path):
+    with naming(pa, path, "load: "):
         table = pq.ParquetFile(path, page_checksum_verification=True).read()
     return _lazy(pa, path, table)
 
 
 @contextmanager
-def _naming(pa: Any, path: Path) -> Generator[None, None, None]:
+def naming(pa: Any, path: Path, op: str = "") -> Generator[None, None, None]:
     """Give Arrow's own errors the name of the file. Some of them are plain OSErrors without a number."""
     try:
         yield
@@ -97,7 +97,7 @@ def _naming(pa: Any, path: Path) -> Generator[None, None, None]:
         if isinstance(wrong, OSError) and wrong.errno is not None:
             raise
         reason = " ".join(str(wrong).split())
-        raise ValueError(f"load: '{path}' is truncated, damaged, or of another format ({reason})") from wrong
+        raise ValueError(f"{op}'{path}' is truncated, damaged, or of another format ({reason})") from wrong
 
 
 def _lazy(pa: Any, path: Path, table: Any) -> tuple[Lazy, Layout | None]:
