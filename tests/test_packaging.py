@@ -32,8 +32,10 @@ PUBLIC = {
         "to_hf_padded", "to_tensorflow", "to_torch_nested", *(f"to_{name}" for name in FRAMEWORKS),
     ),
     "scree.data": (
-        "Balance", "Corpus", "Plan", "TokenBatches", "balance", "collate", "load", "plan_bins", "save", "token_batches",
+        "Balance", "Corpus", "Plan", "TokenBatches", "balance", "collate", "from_datasets", "from_polars", "load",
+        "pack_table", "plan_bins", "ray", "save", "to_datasets", "to_polars", "token_batches", "unpack_table",
     ),
+    "scree.data.ray": ("Packed", "pack"),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -148,7 +149,7 @@ def replacing(op: str, target: Path) -> Generator[IO[bytes], None, None]:
     """Give a file to write to, which takes the place of `target` when all went well and vanishes otherwise."""
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"{op}: '{target}' cannot be written: the folder '{target.parent}' is not there")
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with beside.open("wb") as file:
             yield file
