@@ -7,14 +7,17 @@ measuring.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import bench_data
 import measure
 
+PARTS = {"core": "bench_core", "data": "bench_data"}
 DEVICE = "cpu-2-cores"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
@@ -22,24 +25,26 @@ PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 def main() -> None:
     """Measure, or print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["core"])
+    parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--document", action="store_true", help="write the page of saved results, and measure nothing")
     parser.add_argument("--results", default=DEVICE, metavar="NAME", help="the file in benchmarks/results")
     parser.add_argument("--sequences", type=int, nargs="+", help="only batches of so many sequences; nothing is saved")
+    parser.add_argument("--remark", help="saved with the results: what else the machine did")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
     arguments = parser.parse_args()
     if arguments.document:
         PAGE.write_text(page())
         return
-    import bench_core
-
-    measured = measure.machine(bench_core.PACKAGES) | {"rows": []}
-    sizes = tuple(arguments.sequences or bench_core.SEQUENCES)
-    for row in bench_core.rows(sizes, arguments.seconds):
+    bench = importlib.import_module(PARTS[arguments.part])
+    measured = measure.machine(bench.PACKAGES) | {"rows": []}
+    if arguments.remark:
+        measured["remark"] = arguments.remark
+    sizes = tuple(arguments.sequences or (bench.SEQUENCES if arguments.part == "core" else bench.SIZES))
+    for row in bench.rows(sizes, arguments.seconds):
         print(f"{row.get('ms', ''):>12}  {' '.join(str(row.get(k, '')) for k in ('op', 'framework', 'work', 'impl'))}")
         sys.stdout.flush()
         measured["rows"].append(row)
-    print(table(measured))
+    print(drawn(arguments.part, measured))
     if not arguments.sequences:
         print(f"saved to {measure.save(arguments.results, arguments.part, measured)}")
         PAGE.write_text(page())
@@ -57,8 +62,13 @@ def page() -> str:
     ]
     for path in sorted(measure.RESULTS.glob("*.json")):
         for part, measured in json.loads(path.read_text()).items():
-            lines += ["", f"## {part}: {path.stem}", "", table(measured)]
+            lines += ["", f"## {part}: {path.stem}", "", drawn(part, measured)]
     return "\n".join(lines) + "\n"
+
+
+def drawn(part: str, measured: dict[str, Any]) -> str:
+    """Draw the table of a part."""
+    return bench_data.table(measured) if part == "data" else table(measured)
 
 
 def table(measured: dict[str, Any]) -> str:

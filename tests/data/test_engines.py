@@ -92,6 +92,10 @@ def test_a_corpus_is_packed(cluster, tmp_path):
     assert again.reused == len(done.parts)
     assert (again.parts, again.rows, again.bins) == (done.parts, done.rows, done.bins)
 
+    other = pack(dataset, "text", 64, tmp_path / "out", tokenize=tokenize, batch_size=50)  # other blocks, the same data
+    assert other.parts != done.parts
+    assert sorted(sequences(done.path)) == sorted(tokens)
+
 
 def test_blocks_that_are_equal_are_all_kept(cluster, tmp_path):
     rows = [{"text": "1 2 3"}, {"text": "4"}]
@@ -148,14 +152,6 @@ def test_a_run_that_fails_twice_is_resumed(cluster, tmp_path):
     assert done.reused >= 3
     assert sorted(sequences(out)) == sorted(tokens)
     assert names(out) == sorted([*done.parts, "_scree.json"])
-
-
-def test_another_division_into_blocks_replaces_the_parts(cluster, tmp_path):
-    dataset, tokens = corpus(cluster, tmp_path)
-    first = pack(dataset, "text", 64, tmp_path / "out", tokenize=tokenize, batch_size=100)
-    second = pack(dataset, "text", 64, tmp_path / "out", tokenize=tokenize, batch_size=50)
-    assert second.parts != first.parts
-    assert sorted(sequences(tmp_path / "out")) == sorted(tokens)
 
 
 def test_a_driver_that_is_killed_is_resumed(tmp_path):
