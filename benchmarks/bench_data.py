@@ -1,7 +1,6 @@
 """`scree.data` beside the packages that plan, pad and pack today.
 
-Peers are installed beside the environment: trl, axolotl (without its dependencies), binpacking, datasets, ray. What they
-return is compared with ours first: every sequence once, no bin over-full.
+Peers are installed beside the environment: trl, axolotl (without its dependencies), binpacking. What they return is compared with ours first: every sequence once, no bin over-full.
 """
 
 from __future__ import annotations
@@ -18,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-PACKAGES = ("scree", "numpy", "torch", "trl", "axolotl", "binpacking", "datasets", "ray", "pyarrow")
+PACKAGES = ("scree", "numpy", "torch", "trl", "axolotl", "binpacking", "pyarrow")
 CAPACITY = 2048
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 _QUADRATIC_UP_TO = 10_000  # lengths: binpacking looks at every bin for every one
+_PACKED_UP_TO = 100_000  # sequences: TRL takes minutes beyond
 _LONG = 20.0  # seconds
 _CORPUS_BYTES = 10 * 10**9
 
@@ -30,11 +30,11 @@ def rows(sizes: tuple[int, ...], seconds: float) -> Iterator[dict[str, Any]]:
     """Measure everything; give one row a contender."""
     for n in sizes:
         yield from _planning(n, seconds)
-        yield from _packing(n, seconds)
+        if n <= _PACKED_UP_TO:
+            yield from _packing(n, seconds)
     for mean in (4, 6):
         yield from _collating(mean, seconds)
     yield from _opening()
-    yield from _at_scale()
 
 
 def _lengths(n: int) -> Any:
@@ -163,7 +163,7 @@ def _collating(mean: int, seconds: float) -> Iterator[dict[str, Any]]:
 
 def _opening() -> Iterator[dict[str, Any]]:
     import scree
-    from scree.data import load, save
+    from scree.data import Corpus, load, save
 
     n_tokens, n_rows = _CORPUS_BYTES // 4, _CORPUS_BYTES // 4 // 1000
     with tempfile.TemporaryDirectory(dir=os.environ.get("SCREE_BENCHMARK_FOLDER")) as folder:
@@ -186,21 +186,22 @@ def _opening() -> Iterator[dict[str, Any]]:
             os.close(descriptor)
 
         def by_row(arr: Any, rows: Any) -> int:
-            return sum(int(arr[i].sum()) for i in rows)
+            return sum(int(arr[int(i)].sum()) for i in rows)
 
         def by_read(file: int, rows: Any) -> int:
             spans = ((int(offsets[i]) * 4, int(offsets[i + 1]) * 4) for i in rows)
             return sum(int(np.frombuffer(os.pread(file, b - a, start + a), np.int32).sum()) for a, b in spans)
 
-        times: dict[str, list[float]] = {"scree rows": [], "pread": []}
+        times: dict[str, list[float]] = {"scree Corpus": [], "scree load(mmap=True)": [], "pread": []}
         for turn in range(4):
             part = chosen[turn * 1000 : (turn + 1) * 1000]
-            forget()
-            arr = load(path, mmap=True)
-            begun = time.perf_counter()
-            by_row(arr, part)
-            times["scree rows"].append(time.perf_counter() - begun)
-            del arr
+            for name, mapped in (("scree Corpus", Corpus), ("scree load(mmap=True)", lambda p: load(p, mmap=True))):
+                forget()
+                arr = mapped(path)
+                begun = time.perf_counter()
+                by_row(arr, part)
+                times[name].append(time.perf_counter() - begun)
+                del arr
             forget()
             file = os.open(path, os.O_RDONLY)
             begun = time.perf_counter()
@@ -213,62 +214,6 @@ def _opening() -> Iterator[dict[str, Any]]:
             found[name] = _summary(values)
             notes[name] = f"{size / statistics.median(values) / 1e6:.0f} MB/s"
         yield from _rows("1,000 random rows, not in the cache", work, found, notes)
-
-
-def _tokenize(texts: list[str]) -> list[Any]:
-    return [[len(word) for word in text.split()] for text in texts]
-
-
-def _at_scale(n: int = 100_000, files: int = 8) -> Iterator[dict[str, Any]]:
-    import datasets
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import ray
-
-    from scree.data import pack_table
-    from scree.data.ray import pack
-
-    datasets.disable_progress_bars()
-    rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(5, 1, n), 1, CAPACITY).astype(int)
-    words = np.array(["sand", "gravel", "scree", "boulder", "a"])
-    times: dict[str, dict[str, Any]] = {}
-    notes: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "corpus"
-        source.mkdir()
-        for i in range(files):
-            texts = [" ".join(words[rng.integers(0, 5, k)]) for k in lengths[i::files]]
-            pq.write_table(pa.table({"text": texts}), source / f"{i}.parquet")
-        total = int(lengths.sum())
-
-        def note(name: str, seconds: float, workers: int) -> None:
-            times[name] = _summary([seconds])
-            notes[name] = f"{total / seconds / workers / 1e6:.2f} M tokens/s for each worker"
-
-        for workers in (1, 2):
-            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, object_store_memory=500_000_000)
-            dataset = ray.data.read_parquet(str(source))
-            for turn in ("warm", "out"):  # the first run starts the workers
-                begun = time.perf_counter()
-                done = pack(
-                    dataset, "text", CAPACITY, Path(folder) / f"{turn}{workers}", tokenize=_tokenize, batch_size=2500
-                )
-            note(f"scree on Ray, {workers}", time.perf_counter() - begun, workers)
-            ray.shutdown()
-            if (done.rows, done.tokens) != (n, total):
-                raise SystemExit("a sequence was lost or doubled")
-        corpus = datasets.Dataset.from_parquet(str(source / "*.parquet"), cache_dir=folder)
-        for workers in (1, 2):
-            begun = time.perf_counter()
-            corpus.with_format("arrow").map(
-                pack_table, batched=True, batch_size=2500, remove_columns=["text"], load_from_cache_file=False,
-                fn_kwargs={"column": "text", "capacity": CAPACITY, "tokenize": _tokenize},
-                num_proc=workers if workers > 1 else None, features=datasets.Features(
-                    input_ids=datasets.List(datasets.Value("int32")), lengths=datasets.List(datasets.Value("int32"))),
-            )  # fmt: skip
-            note(f"datasets.map, {workers}", time.perf_counter() - begun, workers)
-    yield from _rows("tokenise and pack", f"{n:,} texts, {total:,} tokens", times, notes)
 
 
 def table(measured: dict[str, Any]) -> str:

@@ -216,6 +216,8 @@ def test_gradients_go_through():
         ([{"a": np.ones((2, 3))}, {"a": np.ones((2, 4))}], {}, ValueError, ("the field 'a'", "sample[1]", "(4,)")),
         ([{"a": np.ones(2)}, {"a": np.ones(3)}], {"dense": ["a"]}, ValueError,
          ("collate: sample 1, field 'a', has shape (3,), sample 0 has (2,); a dense field needs one",)),
+        ([np.ones(2), np.ones(2, "f4")], {}, TypeError, ("collate: sample[1] has dtype float32, sample[0] has float64",)),
+        ([[1, 2, 3]], {"capacity": (1, 2)}, ValueError, ("collate: the batch is above the capacity",)),
         ([{"a": [1]}], {"dense": ["b"]}, ValueError, ("dense: got 'b', which the samples do not have; they have 'a'",)),
         ([{"a": [1]}], {"dense": "a"}, TypeError, ("dense: got 'a'; needs a list of names",)),
         ([{"a": [1, 2, 3]}], {"capacity": (1, 2)}, ValueError, ("the field 'a' is above the capacity", "got 2")),

@@ -185,6 +185,21 @@ def test_gather_takes_the_tokens_of_the_bins(xp, algo):
     assert plan.gather(arr, []).batch_size == 0
 
 
+@pytest.mark.parametrize("ragged_dim", [0, 1])
+def test_gather_of_long_pieces_and_of_features(xp, any_dtype, ragged_dim):
+    lengths = [70, 0, 33, 64, 90]
+    values = np.arange(2 * sum(lengths)).reshape(-1, 2) % 2
+    given_ = values if ragged_dim == 0 else values.T
+    arr = scree.Array(xp.array(given_, any_dtype), np.cumsum([0, *lengths]).tolist(), ragged_dim=ragged_dim)
+    plan = plan_bins(lengths, 64, too_long="split")
+    got = plan.gather(arr)
+    assert xp.dtype_of(got.values) == any_dtype
+    begin = np.cumsum([0, *lengths])
+    for (row, start, n), piece in zip(pieces_of(plan), got, strict=True):
+        expected = values[begin[row] + start :][:n]
+        assert xp.to_np(piece).tolist() == (expected if ragged_dim == 0 else expected.T).tolist()
+
+
 def test_gather_refuses_another_array():
     plan = plan_bins([5, 3], 8)
     with raises(ValueError, "gather: arr has 1 rows", "sequence 1"):

@@ -258,6 +258,35 @@ def test_a_corpus_gives_rows(suffix, tmp_path):
         rows.lengths()
 
 
+@pytest.mark.parametrize("suffix", PLAIN)
+def test_a_corpus_asks_for_the_pages_of_a_row(suffix, tmp_path, monkeypatch):
+    import mmap
+
+    from scree.data import _corpus
+
+    asked = []
+
+    class Recording(mmap.mmap):
+        def madvise(self, option, *span):
+            asked.append((option, *span))
+
+    monkeypatch.setattr(mmap, "mmap", Recording)
+    monkeypatch.setattr(_corpus.mmap, "mmap", Recording)
+    lengths = np.array([10_000, 0, 3, 5_000])
+    arr = scree.from_lengths(np.arange(lengths.sum()), lengths)
+    save(tmp_path / f"a{suffix}", arr)
+    rows = Corpus(tmp_path / f"a{suffix}")
+    assert asked == [(mmap.MADV_RANDOM,)]
+    for i in range(4):
+        assert_same_bits(rows[i], arr[i])
+    assert len(asked) == 4  # none for the empty row
+    for (option, start, length), n in zip(asked[1:], (10_000, 3, 5_000), strict=True):
+        assert option == mmap.MADV_WILLNEED
+        assert start % mmap.PAGESIZE == 0
+        assert 8 * n <= length < 8 * n + mmap.PAGESIZE
+        assert start + length <= (tmp_path / f"a{suffix}").stat().st_size
+
+
 def test_a_corpus_of_one_array(tmp_path):
     arr = scree.from_lengths(np.arange(5), [2, 3])
     save(tmp_path / "a.npz", arr)

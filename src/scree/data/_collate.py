@@ -183,7 +183,9 @@ class _Batch:
             try:
                 arr = with_capacity(arr, rows_wanted, tokens)
             except ValueError as wrong:
-                raise ValueError(f"collate: the field {path!r} is above the capacity: {wrong}") from wrong
+                raise ValueError(
+                    f"collate: {f'the field {path!r}' if path else 'the batch'} is above the capacity: {wrong}"
+                ) from wrong
         for known_lengths, known in self.structures:
             if known.total_length == arr.total_length and np.array_equal(known_lengths, lengths):
                 return known.with_values(arr.values)
@@ -196,7 +198,7 @@ class _Batch:
             return pack(rows) if shared is None else shared
         except (TypeError, ValueError) as wrong:
             text = str(wrong).replace("pack: arrays", "sample").replace("arrays", "sample")
-            raise type(wrong)(f"collate: the field {path!r}: {text}") from wrong
+            raise type(wrong)(f"collate: {f'the field {path!r}: ' if path else ''}{text}") from wrong
 
     def _native(self, arr: Array) -> Array:
         """The same Array of the framework that was asked for."""
@@ -285,6 +287,8 @@ def _in_shared_memory(rows: list[Any]) -> Array | None:
         type(row) is not type(first) or row.dtype != first.dtype or row.shape[1:] != first.shape[1:] for row in rows
     ):
         return None  # pack says which
+    if xp.NAME == "torch" and any(row.requires_grad for row in rows):
+        return None
     like = torch.as_tensor(first[:0] if xp.NAME == "torch" else np.zeros(0, first.dtype))
     total = sum(len(row) for row in rows)
     storage = torch.UntypedStorage._new_shared(max(total * int(np.prod(first.shape[1:])) * like.element_size(), 1))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .._array import Array
-from .._backends._protocol import HostInts
+from .._backends._protocol import HostArray, HostInts
 from ._saving import load
 
 
@@ -28,7 +29,7 @@ class Corpus:
     Notes
     -----
     Pickling keeps the path alone, so that worker processes map the same file instead of being sent it. Rows are views
-    of the mapping, and read-only.
+    of the mapping, and read-only. Of `.safetensors` and `.npz` the pages of a row, and no more, are asked for at once.
 
     Examples
     --------
@@ -99,4 +100,33 @@ def _indexable(field: Any) -> Any:
     if not isinstance(field, Array) or field.ragged_dim != 0:
         return field.__getitem__
     values, offsets = field.values, field.offsets
-    return lambda row: values[offsets[row] : offsets[row + 1]]
+    ask_for = _asker(values)
+
+    def row_of(row: int) -> Any:
+        found = values[offsets[row] : offsets[row + 1]]
+        ask_for(found)
+        return found
+
+    return row_of
+
+
+def _asker(values: HostArray) -> Callable[[HostArray], None]:
+    """A function that asks the system for the pages of a row at once, of values that are mapped.
+
+    What is near a row is read ahead otherwise, which for rows in random order is read in vain.
+    """
+    mapping: Any = values
+    while getattr(mapping, "base", None) is not None:
+        mapping = mapping.base
+    if not isinstance(mapping, mmap.mmap) or not hasattr(mmap, "MADV_RANDOM"):
+        return lambda _: None
+    begin = np.frombuffer(mapping, np.uint8).ctypes.data
+    mapping.madvise(mmap.MADV_RANDOM)
+
+    def ask(row: HostArray) -> None:
+        if row.nbytes:
+            start = row.ctypes.data - begin
+            page = start - start % mmap.PAGESIZE
+            mapping.madvise(mmap.MADV_WILLNEED, page, start + row.nbytes - page)
+
+    return ask

@@ -24,6 +24,8 @@ from .._rows import numbers
 ALGORITHMS = ("bfd", "ffd", "wrapped", "split")
 TOO_LONG = ("error", "split", "drop")
 
+_RUN = 16  # tokens a piece, from which copying whole pieces is quicker than an index of every token
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -140,10 +142,21 @@ class Plan:
                 f"gather: row {rows[over.argmax()]} of arr is shorter than it was planned; needs the Array that was planned"
             )
         moved = _offsets.from_lengths(lengths)
-        places = _offsets.gather_index(host[rows] + starts, moved)
-        xp = arr._xp
-        values = _layout.take_tokens(xp, arr.values, places, arr.ragged_dim)
-        return from_host_offsets(xp, values, moved, arr.ragged_dim, like=arr.offsets)
+        values = _taken(arr, host[rows] + starts, moved)
+        return from_host_offsets(arr._xp, values, moved, arr.ragged_dim, like=arr.offsets)
+
+
+def _taken(arr: Array, starts: HostInts, offsets: HostInts) -> Dense:
+    """The values of pieces that begin at these tokens of an Array, end to end."""
+    xp, axis = arr._xp, arr.ragged_dim
+    host = xp.host_view(arr.values)
+    if host is None or offsets[-1] < _RUN * (len(offsets) - 1):
+        return _layout.take_tokens(xp, arr.values, _offsets.gather_index(starts, offsets), axis)
+    front = np.moveaxis(host, axis, 0)
+    ends = starts + np.diff(offsets)
+    parts = [front[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+    joined = np.moveaxis(np.concatenate([front[:0], *parts]), 0, axis)
+    return xp.adopt(np.ascontiguousarray(joined), arr.values)
 
 
 def plan_bins(

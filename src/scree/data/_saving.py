@@ -92,7 +92,8 @@ def load(
         Ends in ``.safetensors``, ``.npz``, ``.arrow`` or ``.parquet``.
     mmap : bool
         Map the values instead of reading them (read-only): a corpus larger than memory opens at once, and what is
-        indexed is read. Not for Parquet, which has to be decoded.
+        indexed is read, with what is near it (`Corpus` is for rows in random order). Not for Parquet, which has to be
+        decoded.
     verify : bool, optional
         Whether to compare the checksums of the values. Unless said, what is read is compared, and what is mapped is not:
         there the structure, the size and the offsets are.
