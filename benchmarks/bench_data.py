@@ -1,6 +1,7 @@
 """`scree.data` beside the packages that plan, pad and pack today.
 
-Peers are installed beside the environment: trl, axolotl (without its dependencies), binpacking. What they return is compared with ours first: every sequence once, no bin over-full.
+Peers are installed beside the environment: trl, axolotl (without its dependencies), binpacking. What they return is
+looked at before they are timed: every sequence once, no bin over-full.
 """
 
 from __future__ import annotations
