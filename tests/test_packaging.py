@@ -20,8 +20,8 @@ LONGEST_FILE = 400  # lines
 
 PUBLIC = {
     "scree": (
-        "Array", "__version__", "bridges", "concat", "from_cu_seqlens", "from_lengths", "from_padded", "kernels", "pack",
-        "position_ids", "segment_ids", "to_padded", "unpack", "with_capacity",
+        "Array", "__version__", "bridges", "concat", "data", "from_cu_seqlens", "from_lengths", "from_padded", "kernels",
+        "pack", "plot", "position_ids", "segment_ids", "to_padded", "unpack", "with_capacity",
     ),
     "scree.kernels": (
         "reference", "triton", "varlen_attention", "varlen_layernorm", "varlen_reduce", "varlen_rmsnorm", "varlen_rope",
@@ -31,6 +31,11 @@ PUBLIC = {
         "from_arrow", "from_awkward", "from_hf_padded", "from_tensorflow", "from_torch_nested", "to_arrow", "to_awkward",
         "to_hf_padded", "to_tensorflow", "to_torch_nested", *(f"to_{name}" for name in FRAMEWORKS),
     ),
+    "scree.data": (
+        "Balance", "Corpus", "Plan", "TokenBatches", "balance", "collate", "from_datasets", "from_polars", "load",
+        "pack_table", "plan_bins", "ray", "save", "to_datasets", "to_polars", "token_batches", "unpack_table",
+    ),
+    "scree.data.ray": ("Packed", "pack"),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import typer
 
 import scree
 
-from . import _demo, _doctor
+from . import _demo, _doctor, _report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -56,3 +56,34 @@ def demo(
 @app.command(help="List the frameworks, devices and implementations found here, and why each missing one is missing.")
 def doctor() -> None:
     _doctor.run()
+
+
+@app.command(
+    help="Print what padding wastes in your own data, for each way to make batches, and write a page with charts."
+)
+def report(
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="Parquet, Arrow, jsonl, what scree.data.save wrote, a folder of Parquet or of datasets' save_to_disk; "
+            "or - for lengths on standard input."
+        ),
+    ],
+    column: Annotated[
+        str | None, typer.Option(help="Its lists, texts or lengths. May be left out where only one has lists.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 64,
+    capacity: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a bin. Default: the longest sequence.", show_default=False)
+    ] = None,
+    bytes_each: Annotated[
+        int | None,
+        typer.Option(
+            "--bytes", min=1, help="Bytes of a token in your model. Default: in the data.", show_default=False
+        ),
+    ] = None,
+    nulls: Annotated[str, typer.Option(help="What a null row is: error, or drop to leave it out.")] = "error",
+    seed: Annotated[int, typer.Option(min=0, help="Draws the random batches.")] = 0,
+    output: Annotated[Path, typer.Option(help="Where to save the page (.html).")] = Path("scree-report.html"),
+) -> None:
+    _report.run(file, column, batch_size, capacity, bytes_each, nulls, seed, output)

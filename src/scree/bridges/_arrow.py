@@ -175,7 +175,7 @@ def _rows_of(pa: Any, chunk: Any) -> tuple[HostArray, HostInts]:
         wide = pa.types.is_large_list(chunk.type) or pa.types.is_large_list_view(chunk.type)
         offsets = _offsets.from_lengths(lengths)
         offsets = offsets.astype(np.int64, copy=False) if wide else offsets
-    return _values_of(pa, chunk.flatten()), offsets
+    return values_of_tokens(pa, chunk.flatten()), offsets
 
 
 def _within(starts: HostInts, sizes: HostInts, total: int) -> None:
@@ -187,18 +187,18 @@ def _within(starts: HostInts, sizes: HostInts, total: int) -> None:
         )
 
 
-def _values_of(pa: Any, tokens: Any) -> HostArray:
+def values_of_tokens(pa: Any, tokens: Any) -> HostArray:
     """The numbers under any levels of fixed-size lists: (T, *features)."""
     if tokens.null_count:
         raise ValueError(f"from_arrow: {tokens.null_count} values within the rows are null; fill or drop them first")
     kind = tokens.type
     if isinstance(kind, pa.FixedShapeTensorType):
-        values = _values_of(pa, tokens.storage.flatten())
+        values = values_of_tokens(pa, tokens.storage.flatten())
         values = values.reshape(len(tokens), *kind.shape, *values.shape[1:])
         order = kind.permutation or range(len(kind.shape))
         return values.transpose(0, *(axis + 1 for axis in order))
     if pa.types.is_fixed_size_list(kind):
-        values = _values_of(pa, tokens.flatten())
+        values = values_of_tokens(pa, tokens.flatten())
         return values.reshape(len(tokens), kind.list_size, *values.shape[1:])
     return tokens.to_numpy(zero_copy_only=not pa.types.is_boolean(kind))
 

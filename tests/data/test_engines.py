@@ -1,0 +1,341 @@
+"""Ray, Hugging Face datasets and Polars, each with the real library; Ray on a local cluster of two workers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import scree
+from expect import assert_same_bits, raises
+from scree.data import from_datasets, from_polars, pack_table, to_datasets, to_polars, unpack_table
+from scree.data.ray import pack
+
+pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A local Ray cluster of two workers."""
+    import ray
+
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # so that the workers can import this module
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield ray
+    ray.shutdown()
+
+
+def texts(n):
+    """Make texts of very uneven lengths, some of them equal."""
+    rng = np.random.default_rng(0)
+    return [" ".join(str(int(x)) for x in rng.integers(0, 50, k)) for k in rng.integers(0, 30, n)] + ["7 7"] * 3
+
+
+def tokenize(batch):
+    """Give each number as a token."""
+    return [[int(word) for word in text.split()] for text in batch]
+
+
+def corpus(ray, tmp_path, n=600, files=6):
+    """Write texts to Parquet files; return the dataset over them and the token lists."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    every = texts(n)
+    step = -(-len(every) // files)
+    for i in range(files):
+        pq.write_table(pa.table({"text": every[i * step : (i + 1) * step], "id": [1] * len(every[i * step : (i + 1) * step])}),
+                       folder / f"{i}.parquet")  # fmt: skip
+    return ray.data.read_parquet(str(folder)), tokenize(every)
+
+
+def sequences(folder):
+    """Read every sequence of a packed folder."""
+    import pyarrow.parquet as pq
+
+    found = []
+    for path in sorted(Path(folder).glob("part-*.parquet")):
+        table = pq.read_table(path, partitioning=None)
+        assert all(len(bin_) <= 64 for bin_ in table["input_ids"].to_pylist())
+        found += [row.tolist() for row in unpack_table(table)]
+    return found
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_a_corpus_is_packed(cluster, tmp_path):
+    before = cluster.data.DataContext.get_current().execution_options.preserve_order
+    dataset, tokens = corpus(cluster, tmp_path)
+    done = pack(dataset, "text", 64, tmp_path / "out", tokenize=tokenize, batch_size=100)
+    assert sorted(sequences(done.path)) == sorted(tokens)
+    assert (done.rows, done.tokens, done.reused) == (len(tokens), sum(map(len, tokens)), 0)
+    assert done.efficiency > 0.95
+    assert len(done.parts) >= 6
+    assert dataset.context.execution_options.preserve_order == before
+    assert names(done.path) == sorted([*done.parts, "_scree.json"])
+    told = json.loads((done.path / "_scree.json").read_text())
+    assert (told["complete"], told["rows"], told["parts"]) == (True, len(tokens), list(done.parts))
+    packed = cluster.data.read_parquet(str(done.path))
+    assert packed.count() == done.bins
+
+    again = pack(dataset, "text", 64, tmp_path / "out", tokenize=tokenize, batch_size=100)
+    assert again.reused == len(done.parts)
+    assert (again.parts, again.rows, again.bins) == (done.parts, done.rows, done.bins)
+
+    other = pack(dataset, "text", 64, tmp_path / "out", tokenize=tokenize, batch_size=50)  # other blocks, the same data
+    assert other.parts != done.parts
+    assert sorted(sequences(done.path)) == sorted(tokens)
+
+
+def test_blocks_that_are_equal_are_all_kept(cluster, tmp_path):
+    rows = [{"text": "1 2 3"}, {"text": "4"}]
+    dataset = cluster.data.from_arrow(_table(rows * 3))
+    for reused in (0, 3):
+        done = pack(dataset, "text", 64, tmp_path / "out", tokenize=tokenize, batch_size=2)
+        assert len(done.parts) == 3
+        assert done.reused >= reused
+        assert sorted(sequences(done.path)) == sorted([[1, 2, 3], [4]] * 3)
+
+
+def _table(rows):
+    import pyarrow as pa
+
+    return pa.Table.from_pylist(rows)
+
+
+def test_a_worker_that_is_killed_midway_loses_and_doubles_nothing(cluster, tmp_path):
+    dataset, tokens = corpus(cluster, tmp_path)
+    marker = tmp_path / "killed"
+
+    def deadly(batch):
+        if not marker.exists() and "49" in " ".join(batch):
+            marker.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tokenize(batch)
+
+    done = pack(dataset, "text", 64, tmp_path / "out", tokenize=deadly, batch_size=100)
+    assert marker.exists()
+    assert sorted(sequences(done.path)) == sorted(tokens)
+    assert done.rows == len(tokens)
+    assert names(done.path) == sorted([*done.parts, "_scree.json"])
+
+
+def test_a_run_that_fails_twice_is_resumed(cluster, tmp_path):
+    dataset, tokens = corpus(cluster, tmp_path)
+    out = tmp_path / "out"
+
+    def failing(allowed):
+        def inner(batch):
+            if len(list(out.glob("part-*"))) >= allowed:
+                raise ValueError(f"stopped after {allowed}")
+            return tokenize(batch)
+
+        inner.__qualname__ = "tokenize"
+        return inner
+
+    for allowed in (1, 3):
+        with raises(ValueError, f"stopped after {allowed}"):
+            pack(dataset, "text", 64, out, tokenize=failing(allowed), batch_size=100)
+        assert json.loads((out / "_scree.json").read_text())["complete"] is False
+        (out / ".part-left.0.tmp").write_text("half")
+    done = pack(dataset, "text", 64, out, tokenize=tokenize, batch_size=100)
+    assert done.reused >= 3
+    assert sorted(sequences(out)) == sorted(tokens)
+    assert names(out) == sorted([*done.parts, "_scree.json"])
+
+
+def test_a_driver_that_is_killed_is_resumed(tmp_path):
+    program = f"""
+        import os, signal, sys, threading, time, ray
+        from pathlib import Path
+        import test_engines as here
+        from scree.data.ray import pack
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
+        folder = Path({str(tmp_path)!r})
+        dataset, tokens = here.corpus(ray, folder) if not (folder / "corpus").exists() else (
+            ray.data.read_parquet(str(folder / "corpus")), here.tokenize(here.texts(600)))
+        out = folder / "out"
+        def die():
+            while len(list(out.glob("part-*"))) < 2:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        def slow(batch):
+            time.sleep(0.5)
+            return here.tokenize(batch)
+        if sys.argv[1] == "die":
+            threading.Thread(target=die, daemon=True).start()
+        done = pack(dataset, "text", 64, out, tokenize=slow, batch_size=100)
+        print("reused", done.reused, sorted(here.sequences(out)) == sorted(tokens))
+        ray.shutdown()
+    """
+    code = textwrap.dedent(program)
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    first = subprocess.run([sys.executable, "-c", code, "die"], capture_output=True, text=True, timeout=180)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    second = subprocess.run([sys.executable, "-c", code, "live"], capture_output=True, text=True, timeout=180)
+    assert second.returncode == 0, second.stderr
+    reused, same = second.stdout.split()[-2:]
+    assert int(reused) >= 1
+    assert same == "True"
+
+
+def test_token_lists_nulls_and_what_is_too_long(cluster, tmp_path):
+    dataset = cluster.data.from_arrow(_table([{"ids": [1] * 9}, {"ids": None}, {"ids": [2]}]))
+    with raises(ValueError, "pack_table: row 1 of 'ids' is null"):
+        pack(dataset, "ids", 4, tmp_path / "a")
+    with raises(ValueError, "lengths[0]: got 9, above the capacity of 4"):
+        pack(dataset, "ids", 4, tmp_path / "b", nulls="drop")
+    done = pack(dataset, "ids", 4, tmp_path / "c", nulls="drop", too_long="split")
+    assert (done.rows, done.tokens, done.split, done.nulls, done.bins) == (3, 10, 1, 1, 3)
+    done = pack(dataset, "ids", 4, tmp_path / "d", nulls="drop", too_long="drop")
+    assert (done.tokens, done.dropped) == (1, 1)
+
+
+def test_an_error_of_the_tokenizer_is_told(cluster, tmp_path):
+    def broken(batch):
+        return {}["vocabulary"]
+
+    dataset = cluster.data.from_arrow(_table([{"text": "a"}]))
+    with raises(RuntimeError, "pack: a worker failed: KeyError: 'vocabulary'"):
+        pack(dataset, "text", 4, tmp_path / "a", tokenize=broken)
+
+
+def test_a_dataset_without_rows(cluster, tmp_path):
+    import pyarrow as pa
+
+    for i, empty in enumerate((cluster.data.from_arrow(pa.table({"ids": pa.array([], pa.list_(pa.int32()))})),
+                               cluster.data.from_items([]))):  # fmt: skip
+        done = pack(empty, "ids", 4, tmp_path / str(i))
+        assert (done.rows, done.bins, done.parts, done.efficiency) == (0, 0, (), 1.0)
+
+
+def test_bad_arguments_of_pack(cluster, tmp_path):
+    dataset = cluster.data.from_items([{"ids": [1, 2]}])
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    for arguments, error, words in (
+        (([1], "ids", 4, tmp_path / "x"), TypeError, ("pack: dataset is list; needs a ray.data.Dataset",)),
+        ((dataset, "idz", 4, tmp_path / "x"), ValueError, ("column: got 'idz'; the dataset has 'ids'",)),
+        ((dataset, "ids", 0, tmp_path / "x"), ValueError, ("capacity: got 0",)),
+        ((dataset, "ids", 4, tmp_path / "file"), ValueError, ("path: ", "is a file; needs a folder")),
+        (
+            (dataset, "ids", 4, tmp_path / "full"),
+            ValueError,
+            ("path: ", "holds 'thesis.tex'; needs a folder that is empty"),
+        ),
+    ):
+        with raises(error, *words):
+            pack(*arguments)
+    with raises(ValueError, "algo: got 'best'"):
+        pack(dataset, "ids", 4, tmp_path / "x", algo="best")
+    assert not (tmp_path / "x").exists()
+    pack(dataset, "ids", 4, tmp_path / "y")
+    with raises(ValueError, "was packed with capacity=4, and now it is 8; needs another folder"):
+        pack(dataset, "ids", 8, tmp_path / "y")
+    with raises(ValueError, "was packed with version='', and now it is '2'"):
+        pack(dataset, "ids", 4, tmp_path / "y", version="2")
+
+
+def test_pack_table_and_collate_run_within_ray_unchanged(cluster):
+    dataset = cluster.data.from_arrow(_table([{"ids": [1, 2]}, {"ids": [3]}, {"ids": [4, 5, 6]}]))
+    packed = dataset.map_batches(pack_table, batch_format="pyarrow", fn_kwargs={"column": "ids", "capacity": 6})
+    rows = [row.tolist() for batch in packed.iter_batches(batch_format="pyarrow") for row in unpack_table(batch, "ids")]
+    assert sorted(rows) == [[1, 2], [3], [4, 5, 6]]
+
+
+DTYPES = ("int8", "int32", "int64", "uint16", "float32", "float64", "bool")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_datasets_in_and_out(dtype):
+    arr = scree.from_lengths(np.array([1, 0, 1, 1]).astype(dtype), [3, 0, 1])
+    dataset = to_datasets({"ids": arr, "label": np.array([5, 6, 7])})
+    assert dataset["label"][:] == [5, 6, 7]
+    assert [list(row) for row in dataset["ids"]] == [row.tolist() for row in arr]
+    back = from_datasets(dataset, "ids")
+    assert_same_bits(back.values, arr.values)
+    assert back.lengths.tolist() == [3, 0, 1]
+    assert [row.tolist() for row in from_datasets(dataset.select([2, 0]), "ids")] == [arr[2].tolist(), arr[0].tolist()]
+
+
+def test_a_saved_dataset_is_read_by_the_report(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from scree._cli._commands import app
+
+    datasets = pytest.importorskip("datasets")
+    dataset = to_datasets({"ids": scree.from_lengths(np.arange(40), [10] * 4)})
+    dataset.save_to_disk(str(tmp_path / "one"), num_shards=2)
+    datasets.DatasetDict({"train": dataset}).save_to_disk(str(tmp_path / "many"))
+    monkeypatch.chdir(tmp_path)
+    assert "4 sequences, 40 tokens" in CliRunner().invoke(app, ["report", "one"]).output
+    assert "4 sequences, 40 tokens" in CliRunner().invoke(app, ["report", "many/train"]).output
+    assert "has several splits" in CliRunner().invoke(app, ["report", "many"]).output
+
+
+def test_pack_table_runs_within_datasets_unchanged():
+    dataset = to_datasets({"ids": scree.from_lengths(np.arange(10, dtype=np.int32), [4, 3, 2, 1])})
+    packed = dataset.with_format("arrow").map(
+        pack_table, batched=True, fn_kwargs={"column": "ids", "capacity": 5}, remove_columns=["ids"]
+    )
+    rows = [row.tolist() for row in unpack_table(packed.with_format("arrow")[:], "ids")]
+    assert sorted(rows) == [[0, 1, 2, 3], [4, 5, 6], [7, 8], [9]]
+
+
+def test_what_is_no_dataset():
+    import datasets
+
+    with raises(TypeError, "from_datasets: got list; needs a datasets.Dataset"):
+        from_datasets([1], "ids")
+    dataset = datasets.Dataset.from_dict({"ids": [[1], None], "text": ["a", "b"]})
+    with raises(TypeError, "from_datasets: got DatasetDict", "name one split"):
+        from_datasets(datasets.DatasetDict({"train": dataset}), "ids")
+    with raises(ValueError, "from_datasets: got column 'idz'; needs one of 'ids', 'text'"):
+        from_datasets(dataset, "idz")
+    with raises(TypeError, "got type string"):
+        from_datasets(dataset, "text")
+    with raises(ValueError, "row 1 is null"):
+        from_datasets(dataset, "ids")
+    assert from_datasets(dataset, "ids", nulls="empty").lengths.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_polars_in_and_out(dtype):
+    import polars as pl
+
+    arr = scree.from_lengths(np.array([1, 0, 1, 1]).astype(dtype), [3, 0, 1])
+    frame = to_polars({"ids": arr, "label": np.array([5, 6, 7])})
+    assert frame["label"].to_list() == [5, 6, 7]
+    for back in (from_polars(frame, "ids"), from_polars(frame["ids"])):
+        assert_same_bits(back.values, arr.values)
+        assert back.lengths.tolist() == [3, 0, 1]
+    assert from_polars(frame.filter(pl.col("label") > 5), "ids").lengths.tolist() == [0, 1]
+
+
+def test_what_is_no_frame():
+    import polars as pl
+
+    with raises(TypeError, "from_polars: got list; needs a polars.Series"):
+        from_polars([1])
+    frame = pl.DataFrame({"ids": [[1], None], "text": ["a", "b"]})
+    with raises(ValueError, "column: not given; needs one of 'ids', 'text'"):
+        from_polars(frame)
+    with raises(ValueError, "from_polars: got column 'idz'"):
+        from_polars(frame, "idz")
+    with raises(ValueError, "row 1 is null"):
+        from_polars(frame, "ids")
+    with raises(TypeError, "to_polars: got dict; needs a dictionary of one Array"):
+        to_polars({})
+    with raises(ValueError, "to_datasets: the fields have different numbers of rows ('a' 1, 'b' 2)"):
+        to_datasets({"a": scree.from_lengths(np.arange(2), [2]), "b": np.arange(2)})

@@ -1,0 +1,247 @@
+"""Planning of bins: the same bins as the textbook's loops, nothing lost, nothing doubled, and what bad input gets."""
+
+import functools
+import math
+import operator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import scree
+from expect import raises
+from scree.data import plan_bins
+
+ALGORITHMS = ("bfd", "ffd", "wrapped", "split")
+PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+
+
+def textbook(lengths, capacity, best):
+    """Return the bins of best or first fit decreasing as lists of lengths: one loop over sequences, one over bins."""
+    rooms, bins = [], []
+    for length in sorted(lengths, reverse=True):
+        fitting = [b for b, room in enumerate(rooms) if room >= length]
+        if not fitting:
+            rooms.append(capacity)
+            bins.append([])
+            fitting = [len(bins) - 1]
+        chosen = min(fitting, key=lambda b: (rooms[b], b)) if best else fitting[0]
+        rooms[chosen] -= length
+        bins[chosen].append(length)
+    return bins
+
+
+def pieces_of(plan):
+    """Return (sequence, start, length) of every piece."""
+    return list(zip(plan.bins.values.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True))
+
+
+def check(plan, lengths, capacity):
+    """Require that every token of every sequence that was not dropped is in exactly one bin, and no bin is over-full."""
+    assert (plan.fills <= capacity).all()
+    assert plan.fills.sum() == plan.n_tokens
+    covered = {}
+    for row, start, length in pieces_of(plan):
+        covered.setdefault(row, []).append((start, length))
+    assert sorted([*covered, *plan.dropped.tolist()]) == list(range(len(lengths)))
+    for row, parts in covered.items():
+        at = 0
+        for start, length in sorted(parts):
+            assert start == at
+            at += length
+        assert at == lengths[row]
+    assert plan.n_split == sum(len(parts) > 1 for parts in covered.values())
+
+
+@pytest.mark.parametrize(("algo", "best"), [("bfd", True), ("ffd", False)])
+@PROPERTY
+@given(data=st.data())
+def test_the_bins_are_the_textbooks(algo, best, data):
+    capacity = data.draw(st.integers(1, 40))
+    lengths = data.draw(st.lists(st.integers(1, capacity), max_size=60))
+    plan = plan_bins(lengths, capacity, algo)
+    check(plan, lengths, capacity)
+    got = [[lengths[row] for row in bin_.tolist()] for bin_ in plan]
+    assert got == textbook(lengths, capacity, best)
+
+
+@pytest.mark.parametrize("algo", ["bfd", "ffd"])
+def test_the_bins_are_the_textbooks_on_many_lengths(algo):
+    lengths = np.clip(np.random.default_rng(1).lognormal(4, 1, 1500), 1, 700).astype(int).tolist()
+    plan = plan_bins(lengths, 700, algo)
+    assert [[lengths[row] for row in bin_.tolist()] for bin_ in plan] == textbook(lengths, 700, algo == "bfd")
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@PROPERTY
+@given(data=st.data())
+def test_nothing_is_lost_or_doubled(algo, data):
+    capacity = data.draw(st.integers(1, 12))
+    lengths = data.draw(st.lists(st.integers(0, 40), max_size=25))
+    seed = data.draw(st.none() | st.integers(0, 3))
+    too_long = data.draw(st.sampled_from(["split", "drop"]))
+    plan = plan_bins(lengths, capacity, algo, seed, too_long=too_long)
+    check(plan, lengths, capacity)
+    assert plan.dropped.tolist() == [i for i, n in enumerate(lengths) if n > capacity and too_long == "drop"]
+    assert plan.capacity == capacity
+    if plan.n_bins:
+        assert plan.efficiency == pytest.approx(plan.n_tokens / (plan.n_bins * capacity))
+
+
+@PROPERTY
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=25), capacity=st.integers(1, 12))
+def test_wrapped_leaves_room_in_the_last_bin_only(lengths, capacity):
+    plan = plan_bins(lengths, capacity, "wrapped")
+    assert plan.n_bins == max(math.ceil(sum(lengths) / capacity), 1)
+    assert (plan.fills[:-1] == capacity).all()
+    assert plan.bins.values.tolist() == sorted(plan.bins.values.tolist())
+
+
+@PROPERTY
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40))
+def test_split_cuts_only_what_is_too_long(lengths):
+    plan = plan_bins(lengths, 10, "split")
+    assert plan.n_split == sum(n > 10 for n in lengths)
+    pieces = [n for n in lengths for n in [10] * (n // 10) + [n % 10] if n]
+    assert plan.n_bins == len(textbook(pieces, 10, best=True))
+
+
+def test_the_plan_is_tight_on_log_normal_lengths():
+    lengths = np.clip(np.random.default_rng(0).lognormal(6, 1, 20_000), 1, 8192).astype(np.int64)
+    at_best = math.ceil(lengths.sum() / 8192)
+    for algo in ("bfd", "ffd"):
+        assert plan_bins(lengths, 8192, algo).n_bins <= at_best + 1
+
+
+def test_a_million_lengths():
+    lengths = np.clip(np.random.default_rng(0).lognormal(6, 1, 1_000_000), 1, 8192).astype(np.int64)
+    plan = plan_bins(lengths, 8192, seed=0)
+    assert plan.efficiency > 0.999
+    assert np.array_equal(np.sort(plan.bins.values), np.arange(len(lengths)))
+
+
+def test_steps_do_not_grow_with_equal_lengths(monkeypatch):
+    from scree.data import _planning
+
+    steps = []
+    push = _planning.heappush
+    monkeypatch.setattr(_planning, "heappush", lambda heap, item: (steps.append(1), push(heap, item)))
+    plan_bins(np.full(100_000, 3), 100)
+    assert len(steps) < 10
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_seed_draws_another_plan_of_the_same_worth(algo):
+    lengths = np.random.default_rng(2).integers(1, 30, 300)
+    plain = plan_bins(lengths, 64, algo)
+    first, again, other = (plan_bins(lengths, 64, algo, seed) for seed in (0, 0, 1))
+    assert pieces_of(first) == pieces_of(again)
+    assert pieces_of(first) != pieces_of(other)
+    assert first.n_bins == plain.n_bins
+    fills = first.fills.tolist()
+    assert algo == "wrapped" or fills != sorted(fills, reverse=True)
+
+
+def test_edges():
+    empty = plan_bins([], 8)
+    assert (len(empty), empty.efficiency, empty.n_tokens, list(empty)) == (0, 1.0, 0, [])
+    for algo in ALGORITHMS:
+        nothing = plan_bins([0, 0], 8, algo)
+        assert [row.tolist() for row in nothing] == [[0, 1]]
+        assert nothing.efficiency == 0.0
+        assert [row.tolist() for row in plan_bins([8, 0], 8, algo)] == [[0, 1]]
+        assert plan_bins([9], 8, algo, too_long="drop").n_bins == 0
+
+
+@pytest.mark.parametrize("kind", [list, np.int32, np.uint8])
+def test_lengths_of_every_kind(kind):
+    lengths = [5, 3, 8, 2, 6]
+    given_ = lengths if kind is list else np.array(lengths, kind)
+    assert [row.tolist() for row in plan_bins(given_, 8)] == [[2], [4, 3], [0, 1]]
+
+
+def test_lengths_of_every_framework(xp):
+    arr = scree.pack([xp.array(np.ones(n), "float32") for n in (5, 3, 8)])
+    assert [row.tolist() for row in plan_bins(arr, 8)] == [[2], [0, 1]]
+    assert [row.tolist() for row in plan_bins(arr.lengths, 8)] == [[2], [0, 1]]
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_gather_takes_the_tokens_of_the_bins(xp, algo):
+    lengths = [5, 0, 3, 8, 2, 6]
+    values = np.arange(24)
+    arr = scree.from_lengths(xp.array(values, "int32"), lengths)
+    plan = plan_bins(lengths, 8, algo)
+    whole = plan.gather(arr)
+    assert xp.is_array(whole.values)
+    expected = [values[np.cumsum([0, *lengths])[row] + start :][:n].tolist() for row, start, n in pieces_of(plan)]
+    assert [xp.to_np(row).tolist() for row in whole] == expected
+    one = plan.gather(arr, 1)
+    a, b = plan.bins.offsets[1:3]
+    assert [xp.to_np(row).tolist() for row in one] == expected[a:b]
+    for choice in (slice(1, None), [1, 2], np.array([False, True, True])):
+        assert xp.to_np(plan.gather(arr, choice).values).tolist() == functools.reduce(operator.iadd, expected[a:], [])
+    assert plan.gather(arr, []).batch_size == 0
+
+
+@pytest.mark.parametrize("ragged_dim", [0, 1])
+def test_gather_of_long_pieces_and_of_features(xp, any_dtype, ragged_dim):
+    lengths = [70, 0, 33, 64, 90]
+    values = np.arange(2 * sum(lengths)).reshape(-1, 2) % 2
+    given_ = values if ragged_dim == 0 else values.T
+    arr = scree.Array(xp.array(given_, any_dtype), np.cumsum([0, *lengths]).tolist(), ragged_dim=ragged_dim)
+    plan = plan_bins(lengths, 64, too_long="split")
+    got = plan.gather(arr)
+    assert xp.dtype_of(got.values) == any_dtype
+    begin = np.cumsum([0, *lengths])
+    for (row, start, n), piece in zip(pieces_of(plan), got, strict=True):
+        expected = values[begin[row] + start :][:n]
+        assert xp.to_np(piece).tolist() == (expected if ragged_dim == 0 else expected.T).tolist()
+
+
+def test_gather_refuses_another_array():
+    plan = plan_bins([5, 3], 8)
+    with raises(ValueError, "gather: arr has 1 rows", "sequence 1"):
+        plan.gather(scree.from_lengths(np.arange(5), [5]))
+    with raises(ValueError, "gather: row 0 of arr is shorter than it was planned"):
+        plan.gather(scree.from_lengths(np.arange(7), [4, 3]))
+    with raises(TypeError, "gather: arr is list"):
+        plan.gather([1])
+
+
+def test_repr_says_what_was_cut_and_dropped():
+    assert repr(plan_bins([9, 3], 8, "split")) == "Plan(split, capacity=8, n_bins=2, efficiency=0.7500, 1 cut)"
+    assert (
+        repr(plan_bins([9, 4], 8, too_long="drop")) == "Plan(bfd, capacity=8, n_bins=1, efficiency=0.5000, 1 dropped)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (([9, 3, 12], 8), ValueError, ("lengths[0]: got 9, above the capacity of 8; 2 of 3 are", "too_long='split'")),
+        (([3], 8, "split", None, "error"), None, ()),
+        (([9], 8, "wrapped", None, "error"), ValueError, ("lengths[0]: got 9",)),
+        (([3, -1], 8), ValueError, ("lengths[1]: got -1; needs 0 or more",)),
+        (([3.5], 8), TypeError, ("lengths: got float64; needs integers",)),
+        (([[3]], 8), ValueError, ("lengths: got shape (1, 1); needs one axis",)),
+        (("abc", 8), TypeError, ("lengths: got str; needs a list of integers",)),
+        ((iter([3]), 8), TypeError, ("lengths: got list_iterator; needs a list",)),
+        ((None, 8), TypeError, ("lengths: got NoneType",)),
+        (([3], 0), ValueError, ("capacity: got 0; needs 1 or more",)),
+        (([3], 8.0), TypeError, ("capacity: got 8.0; needs an integer",)),
+        (([3], True), TypeError, ("capacity: got True; needs an integer",)),
+        (([3], 8, "best"), ValueError, ("algo: got 'best'; needs one of 'bfd', 'ffd', 'wrapped', 'split'",)),
+        (([3], 8, "bfd", -1), ValueError, ("seed: got -1; needs 0 or more",)),
+        (([3], 8, "bfd", "x"), TypeError, ("seed: got 'x'; needs an integer",)),
+        (([3], 8, "bfd", None, "cut"), ValueError, ("too_long: got 'cut'; needs one of 'error', 'split', 'drop'",)),
+    ],
+)
+def test_bad_arguments(arguments, error, words):
+    *positional, too_long = arguments if len(arguments) == 5 else (*arguments, None)
+    if error is None:
+        assert plan_bins(*positional, too_long=too_long).n_bins == 1
+        return
+    with raises(error, *words):
+        plan_bins(*positional, too_long=too_long)
