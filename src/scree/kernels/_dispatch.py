@@ -39,16 +39,17 @@ class Impl(NamedTuple):
     dtypes: tuple[str, ...] | None = None
 
 
+_TORCH_NATIVE = Impl("torch_native", ".torch_native", backends=("torch",), devices=("cpu",))
 _REFERENCE = Impl("reference", ".reference")
 
 # op -> implementations, the best one first
 TABLE: dict[str, tuple[Impl, ...]] = {
-    "varlen_attention": (_REFERENCE,),
-    "varlen_layernorm": (_REFERENCE,),
-    "varlen_reduce": (_REFERENCE,),
-    "varlen_rmsnorm": (_REFERENCE,),
+    "varlen_attention": (_TORCH_NATIVE, _REFERENCE),
+    "varlen_layernorm": (_TORCH_NATIVE, _REFERENCE),
+    "varlen_reduce": (_TORCH_NATIVE, _REFERENCE),
+    "varlen_rmsnorm": (_TORCH_NATIVE, _REFERENCE),
     "varlen_rope": (_REFERENCE,),
-    "varlen_softmax": (_REFERENCE,),
+    "varlen_softmax": (_TORCH_NATIVE, _REFERENCE),
 }
 
 
