@@ -40,16 +40,17 @@ class Impl(NamedTuple):
 
 
 _TORCH_NATIVE = Impl("torch_native", ".torch_native", backends=("torch",), devices=("cpu",))
+_NUMPY_BLAS = Impl("numpy_blas", ".numpy_blas", backends=("numpy",))
 _REFERENCE = Impl("reference", ".reference")
 
 # op -> implementations, the best one first
 TABLE: dict[str, tuple[Impl, ...]] = {
-    "varlen_attention": (_TORCH_NATIVE, _REFERENCE),
-    "varlen_layernorm": (_TORCH_NATIVE, _REFERENCE),
-    "varlen_reduce": (_TORCH_NATIVE, _REFERENCE),
-    "varlen_rmsnorm": (_TORCH_NATIVE, _REFERENCE),
+    "varlen_attention": (_TORCH_NATIVE, _NUMPY_BLAS, _REFERENCE),
+    "varlen_layernorm": (_TORCH_NATIVE, _NUMPY_BLAS, _REFERENCE),
+    "varlen_reduce": (_TORCH_NATIVE, _NUMPY_BLAS, _REFERENCE),
+    "varlen_rmsnorm": (_TORCH_NATIVE, _NUMPY_BLAS, _REFERENCE),
     "varlen_rope": (_REFERENCE,),
-    "varlen_softmax": (_TORCH_NATIVE, _REFERENCE),
+    "varlen_softmax": (_TORCH_NATIVE, _NUMPY_BLAS, _REFERENCE),
 }
 
 
