@@ -41,16 +41,19 @@ class Impl(NamedTuple):
 
 _TORCH_NATIVE = Impl("torch_native", ".torch_native", backends=("torch",), devices=("cpu",))
 _NUMPY_BLAS = Impl("numpy_blas", ".numpy_blas", backends=("numpy",))
+_JAX_XLA = Impl("jax_xla", ".jax_xla", backends=("jax",))
+_MLX_FAST = Impl("mlx_fast", ".mlx_fast", backends=("mlx",))
+_MLX_FAST_NORM = _MLX_FAST._replace(dtypes=("float16", "bfloat16", "float32"))  # mx.fast narrows float64
 _REFERENCE = Impl("reference", ".reference")
 
 # op -> implementations, the best one first
 TABLE: dict[str, tuple[Impl, ...]] = {
-    "varlen_attention": (_TORCH_NATIVE, _NUMPY_BLAS, _REFERENCE),
-    "varlen_layernorm": (_TORCH_NATIVE, _NUMPY_BLAS, _REFERENCE),
-    "varlen_reduce": (_TORCH_NATIVE, _NUMPY_BLAS, _REFERENCE),
-    "varlen_rmsnorm": (_TORCH_NATIVE, _NUMPY_BLAS, _REFERENCE),
+    "varlen_attention": (_TORCH_NATIVE, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST, _REFERENCE),
+    "varlen_layernorm": (_TORCH_NATIVE, _NUMPY_BLAS, _MLX_FAST_NORM, _REFERENCE),
+    "varlen_reduce": (_TORCH_NATIVE, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST, _REFERENCE),
+    "varlen_rmsnorm": (_TORCH_NATIVE, _NUMPY_BLAS, _MLX_FAST_NORM, _REFERENCE),
     "varlen_rope": (_REFERENCE,),
-    "varlen_softmax": (_TORCH_NATIVE, _NUMPY_BLAS, _REFERENCE),
+    "varlen_softmax": (_TORCH_NATIVE, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST, _REFERENCE),
 }
 
 

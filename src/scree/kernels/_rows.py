@@ -65,6 +65,21 @@ def alike(offsets: HostInts, features: int) -> Iterator[Rows]:
             yield Rows(some, starts[some], length, size <= TOGETHER)
 
 
+def pairs_alike(q: HostInts, k: HostInts, heads: int, most: int) -> Iterator[tuple[HostInts, int, int]]:
+    """Go through the rows that have queries: (numbers, n, m); short ones of one n and m together, to `most` scores."""
+    n, m = (np.diff(x).astype(np.int64) for x in (q, k))
+    kinds = n * (int(m.max(initial=0)) + 1) + m
+    order = np.argsort(kinds, kind="stable")
+    order = order[n[order] > 0]
+    cuts = np.flatnonzero(np.diff(kinds[order])) + 1
+    for numbers in np.split(order, cuts) if len(order) else ():
+        some_n, some_m = int(n[numbers[0]]), int(m[numbers[0]])
+        size = heads * some_n * max(some_m, 1)
+        step = max(1, most // size) if size <= TOGETHER else 1
+        for i in range(0, len(numbers), step):
+            yield numbers[i : i + step], some_n, some_m
+
+
 class Span(NamedTuple):
     """Queries ``first`` to ``last`` of a row, and the keys ``low`` to ``high`` beyond which none of them sees any."""
 

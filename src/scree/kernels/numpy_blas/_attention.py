@@ -11,27 +11,12 @@ import numpy as np
 
 from ..._array import Array
 from ..._backends._protocol import HostArray, HostInts
-from .._rows import TOGETHER, Span, sides, spans, visible
+from .._rows import Span, pairs_alike, sides, spans, visible
 from ._common import aligned, wide
 
 _QUERIES = 128  # at a time
 _SCORES = 1 << 17  # elements of a block of scores: what stays in the second-level cache
 _INF = float("inf")
-
-
-def _alike(q: HostInts, k: HostInts, heads: int) -> Iterator[tuple[HostInts, int, int]]:
-    """Go through the rows that have queries: (numbers, n, m), short rows of one n and m together."""
-    n, m = (np.diff(x).astype(np.int64) for x in (q, k))
-    kinds = n * (int(m.max(initial=0)) + 1) + m
-    order = np.argsort(kinds, kind="stable")
-    order = order[n[order] > 0]
-    cuts = np.flatnonzero(np.diff(kinds[order])) + 1
-    for numbers in np.split(order, cuts) if len(order) else ():
-        some_n, some_m = int(n[numbers[0]]), int(m[numbers[0]])
-        size = heads * some_n * max(some_m, 1)
-        step = max(1, _SCORES // size) if size <= TOGETHER else 1
-        for i in range(0, len(numbers), step):
-            yield numbers[i : i + step], some_n, some_m
 
 
 def _gathered(x: HostArray, starts: HostInts, n: int, scale: float = 1.0) -> HostArray:
@@ -68,7 +53,7 @@ def varlen_attention(
     lse[: int(q_offsets[-1])] = no_key
     sink = None if sinks is None else sinks.astype(dtype)
     with np.errstate(invalid="ignore"):  # of inf - inf, which is NaN as it should
-        for numbers, n, m in _alike(q_offsets, k_offsets, heads):
+        for numbers, n, m in pairs_alike(q_offsets, k_offsets, heads, _SCORES):
             if m == 0:
                 continue
             starts = q_offsets[numbers].astype(np.int64)
