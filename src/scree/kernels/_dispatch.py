@@ -39,6 +39,11 @@ class Impl(NamedTuple):
     dtypes: tuple[str, ...] | None = None
 
 
+_TORCH_NATIVE = Impl("torch_native", ".torch_native", backends=("torch",), devices=("cpu",))
+_NUMPY_BLAS = Impl("numpy_blas", ".numpy_blas", backends=("numpy",))
+_JAX_XLA = Impl("jax_xla", ".jax_xla", backends=("jax",))
+_MLX_FAST = Impl("mlx_fast", ".mlx_fast", backends=("mlx",))
+_MLX_FAST_NORM = _MLX_FAST._replace(dtypes=("float16", "bfloat16", "float32"))  # mx.fast narrows float64
 _REFERENCE = Impl("reference", ".reference")
 
 
@@ -52,12 +57,19 @@ _INTEGERS = ("int8", "int16", "int32", "int64", "uint8")
 
 # op -> implementations, the best one first
 TABLE: dict[str, tuple[Impl, ...]] = {
-    "varlen_attention": (_triton(*_HALVES_AND_SINGLE), _REFERENCE),
-    "varlen_layernorm": (_triton(*_FLOATING), _REFERENCE),
-    "varlen_reduce": (_triton(*_FLOATING, *_INTEGERS, "bool"), _REFERENCE),
-    "varlen_rmsnorm": (_triton(*_FLOATING), _REFERENCE),
+    "varlen_attention": (_triton(*_HALVES_AND_SINGLE), _TORCH_NATIVE, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST, _REFERENCE),
+    "varlen_layernorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMPY_BLAS, _MLX_FAST_NORM, _REFERENCE),
+    "varlen_reduce": (
+        _triton(*_FLOATING, *_INTEGERS, "bool"),
+        _TORCH_NATIVE,
+        _NUMPY_BLAS,
+        _JAX_XLA,
+        _MLX_FAST,
+        _REFERENCE,
+    ),
+    "varlen_rmsnorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMPY_BLAS, _MLX_FAST_NORM, _REFERENCE),
     "varlen_rope": (_triton(*_FLOATING), _REFERENCE),
-    "varlen_softmax": (_triton(*_FLOATING), _REFERENCE),
+    "varlen_softmax": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST, _REFERENCE),
 }
 
 

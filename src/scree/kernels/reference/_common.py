@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from ..._array import Array
 from ..._backends import Dense
 from ..._layout import moved_from_front, moved_to_front
-from ..._offsets import is_used
 
 
 def rows_of(op: str, arr: Array) -> list[Dense]:
@@ -31,16 +30,3 @@ def back_on(arr: Array, result: Dense) -> Array:
     """Put a result (T, *features), computed with the ragged axis first, on the structure and dtype of `arr`."""
     xp = arr._xp
     return arr.with_values(xp.cast_like(moved_from_front(xp, result, arr.ragged_dim), arr.values))
-
-
-def used_only(arr: Array, x: Dense) -> Dense:
-    """x with zeros in place of the tokens that belong to no sequence, so that they neither count nor get a gradient.
-
-    `x` has the ragged axis where `arr` has it.
-    """
-    xp = arr._xp
-    if not arr._structure.spare:
-        return x
-    used = is_used(xp, arr.offsets, arr.total_length)
-    shape = tuple(-1 if i == arr.ragged_dim else 1 for i in range(x.ndim))
-    return xp.where(used.reshape(shape), x, xp.full((), 0, x))

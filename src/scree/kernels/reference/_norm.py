@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..._array import Array
 from ..._backends import Backend, Dense
 from .. import _contract
-from ._common import used_only
+from .._rows import used_only
 
 
 def varlen_layernorm(arr: Array, weight: Dense | None = None, bias: Dense | None = None, eps: float = 1e-5) -> Array:

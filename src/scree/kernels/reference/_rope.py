@@ -8,7 +8,7 @@ from ... import _offsets
 from ..._array import Array
 from ..._backends import Backend, Dense
 from .. import _contract
-from ._common import used_only
+from .._rows import used_only
 
 
 def varlen_rope(arr: Array, cos: Dense, sin: Dense, *, interleaved: bool = False, start: Any = None) -> Array:

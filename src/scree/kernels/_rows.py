@@ -1,0 +1,138 @@
+"""What the fast rooms share about rows on the host: which may be computed together, and which keys a query sees.
+
+How a row is computed may depend on its own length and on the features, and never on the rows beside it: that is what
+makes its bits those that it has alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from .._array import Array
+from .._backends import Dense
+from .._backends._protocol import HostInts
+from .._offsets import is_used
+
+TOGETHER = 1 << 14  # elements: rows of no more are computed with others of their length
+BLOCK = 1 << 16  # elements of such rows at a time: they stay in the second-level cache
+
+
+class Rows(NamedTuple):
+    """Some rows of one length.
+
+    Attributes
+    ----------
+    numbers : array of (G,), integer
+    starts : array of (G,), integer
+        Where each begins along the ragged axis.
+    length : int
+        More than 0.
+    short : bool
+        Whether others of this length may be computed with them.
+    """
+
+    numbers: HostInts
+    starts: HostInts
+    length: int
+    short: bool
+
+    @property
+    def adjacent(self) -> bool:
+        """Whether the rows lie one behind the other."""
+        return int(self.starts[-1] - self.starts[0]) == self.length * (len(self.starts) - 1)
+
+    def tokens(self) -> HostInts:
+        """The place of every token of these rows along the ragged axis: (G * length,)."""
+        return (self.starts[:, None] + np.arange(self.length, dtype=np.int64)).reshape(-1)
+
+
+def alike(offsets: HostInts, features: int) -> Iterator[Rows]:
+    """Go through the rows that are not empty: short ones with others of their length, every other one alone."""
+    starts = offsets[:-1].astype(np.int64)
+    lengths = (offsets[1:] - offsets[:-1]).astype(np.int64)
+    order = np.argsort(lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    cuts = np.flatnonzero(np.diff(lengths[order])) + 1
+    for numbers in np.split(order, cuts) if len(order) and features else ():
+        length = int(lengths[numbers[0]])
+        size = length * features
+        step = BLOCK // size if size <= TOGETHER else 1
+        for i in range(0, len(numbers), step):
+            some = numbers[i : i + step]
+            yield Rows(some, starts[some], length, size <= TOGETHER)
+
+
+def pairs_alike(q: HostInts, k: HostInts, heads: int, most: int) -> Iterator[tuple[HostInts, int, int]]:
+    """Go through the rows that have queries: (numbers, n, m); short ones of one n and m together, to `most` scores."""
+    n, m = (np.diff(x).astype(np.int64) for x in (q, k))
+    kinds = n * (int(m.max(initial=0)) + 1) + m
+    order = np.argsort(kinds, kind="stable")
+    order = order[n[order] > 0]
+    cuts = np.flatnonzero(np.diff(kinds[order])) + 1
+    for numbers in np.split(order, cuts) if len(order) else ():
+        some_n, some_m = int(n[numbers[0]]), int(m[numbers[0]])
+        size = heads * some_n * max(some_m, 1)
+        step = max(1, most // size) if size <= TOGETHER else 1
+        for i in range(0, len(numbers), step):
+            yield numbers[i : i + step], some_n, some_m
+
+
+class Span(NamedTuple):
+    """Queries ``first`` to ``last`` of a row, and the keys ``low`` to ``high`` beyond which none of them sees any."""
+
+    first: int
+    last: int
+    low: int
+    high: int
+
+
+def spans(n: int, m: int, left: int | None, right: int | None, most: int) -> Iterator[Span]:
+    """Cut the queries of one row that see any key into spans of at most `most`.
+
+    Query i of n stands at p = i + m - n, and sees the keys from p - left to p + right.
+    """
+    shift = m - n
+    begin = 0 if right is None else max(0, -right - shift)
+    end = n if left is None else min(n, m + left - shift)
+    for first in range(begin, end, most):
+        last = min(first + most, end)
+        low = 0 if left is None else max(0, first + shift - left)
+        high = m if right is None else min(m, last + shift + right)
+        if low < high:
+            yield Span(first, last, low, high)
+
+
+def visible(span: Span, n: int, m: int, left: int | None, right: int | None) -> np.ndarray | None:
+    """(queries, keys), bool: which keys of the span each of its queries sees; None where all see all."""
+    places = np.arange(span.first, span.last)[:, None] + (m - n)
+    keys = np.arange(span.low, span.high)[None, :]
+    seen: np.ndarray | None = None
+    if right is not None and span.high - 1 > span.first + m - n + right:
+        seen = keys <= places + right
+    if left is not None and span.low < span.last - 1 + m - n - left:
+        seen = keys >= places - left if seen is None else seen & (keys >= places - left)
+    return seen
+
+
+def sides(causal: bool, window_size: tuple[int | None, int | None]) -> tuple[int | None, int | None]:
+    """How many keys to the left and to the right of its place a query sees; None is no limit."""
+    left, right = window_size
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    return left, right
+
+
+def used_only(arr: Array, x: Dense) -> Dense:
+    """x with zeros in place of the tokens that belong to no sequence, so that they neither count nor get a gradient.
+
+    `x` has the ragged axis where `arr` has it.
+    """
+    xp = arr._xp
+    if not arr._structure.spare:
+        return x
+    used = is_used(xp, arr.offsets, arr.total_length)
+    shape = tuple(-1 if i == arr.ragged_dim else 1 for i in range(x.ndim))
+    return xp.where(used.reshape(shape), x, xp.full((), 0, x))

@@ -1,0 +1,70 @@
+"""Rows cut into tiles of a fixed size that begin where the row begins."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+class Tile(NamedTuple):
+    """One tile: its row, its number in the row, and where it begins along the ragged axis."""
+
+    row: Array
+    number: Array
+    start: Array
+
+
+class Tiles(NamedTuple):
+    """All tiles of all rows, row after row.
+
+    Attributes
+    ----------
+    offsets : array of (B + 1,), integer
+    bounds : array of (B + 1,), integer
+        The tiles of row b are those from bounds[b] to bounds[b + 1].
+    size : int
+    """
+
+    offsets: Array
+    bounds: Array
+    size: int
+
+    def all(self) -> Array:
+        """How many there are."""
+        return self.bounds[-1]
+
+    def tile(self, i: Array) -> Tile:
+        """The i-th of them."""
+        row = jnp.searchsorted(self.bounds[1:], i, side="right").astype(i.dtype)
+        number = i - self.bounds[row]
+        return Tile(row, number, self.offsets[row] + number * self.size)
+
+
+def tiles_of(offsets: Array, size: int) -> Tiles:
+    """Cut rows with these offsets into tiles of `size` tokens, the last one of a row into what is left."""
+    counts = (offsets[1:] - offsets[:-1] + (size - 1)) // size
+    bounds = jnp.concatenate([jnp.zeros((1,), offsets.dtype), jnp.cumsum(counts, dtype=offsets.dtype)])
+    return Tiles(offsets, bounds, size)
+
+
+def at(x: Array, axis: int, start: Array, size: int) -> Array:
+    """`size` entries of x along `axis`; x is long enough that none is missing."""
+    return lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def put(x: Array, axis: int, start: Array, part: Array) -> Array:
+    """x with `part` in place of what is there."""
+    return lax.dynamic_update_slice_in_dim(x, part, start, axis)
+
+
+def longer(x: Array, axis: int, size: int) -> Array:
+    """x with `size` zeros behind it along `axis`: the room of a tile that begins at the last token."""
+    return jnp.pad(x, [(0, size if i == axis else 0) for i in range(x.ndim)])
+
+
+def safe(offsets: Array, total: int) -> Array:
+    """Offsets as int32, or int64 where the total needs it; none points outside, and none falls."""
+    kept = jnp.clip(offsets.astype(jnp.int32 if total < 2**31 else jnp.int64), 0, total)
+    return lax.cummax(kept)

@@ -1,0 +1,41 @@
+"""Rows of one length out of an MLX array, and their results put back in order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..._backends._protocol import HostArray, HostInts
+
+
+def wide(x: mx.array) -> mx.array:
+    """The values in float32 or wider; integers and bools as they are."""
+    return x.astype(mx.float32) if x.dtype in (mx.float16, mx.bfloat16) else x
+
+
+def of_host(data: HostArray) -> mx.array:
+    """Bring bools to MLX, whose types do not know that it takes them from NumPy."""
+    given: Any = data
+    return mx.array(given)
+
+
+def taken(x: mx.array, starts: HostInts, length: int) -> mx.array:
+    """The tokens (T, ...) of rows that begin at `starts`: (G, length, ...)."""
+    first = int(starts[0])
+    if int(starts[-1]) - first == length * (len(starts) - 1):
+        return x[first : first + length * len(starts)].reshape(len(starts), length, *x.shape[1:])
+    index = starts[:, None] + np.arange(length)
+    return mx.take(x, mx.array(index.astype(np.int32 if x.shape[0] < 2**31 else np.int64)), axis=0)
+
+
+def in_order(parts: list[mx.array], places: list[HostInts], total: int) -> mx.array:
+    """Join parts (t_i, ...), whose tokens belong at `places`, in the order of the places: (total, ...)."""
+    joined = parts[0] if len(parts) == 1 else mx.concatenate(parts, 0)
+    flat = np.concatenate(places)
+    if np.array_equal(flat, np.arange(total)):
+        return joined
+    order = np.empty(total, np.int64)
+    order[flat] = np.arange(total)
+    return mx.take(joined, mx.array(order.astype(np.int32 if total < 2**31 else np.int64)), axis=0)

@@ -1,0 +1,29 @@
+"""The ops on PyTorch's own CPU kernels.
+
+Each is an operator of `torch.library` with a backward of its own, so that `torch.compile` and `torch.export` see one
+opaque call whose offsets are known when it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from ._attention import varlen_attention
+from ._norm import varlen_layernorm, varlen_rmsnorm
+from ._segments import varlen_reduce, varlen_softmax
+
+__all__ = ["varlen_attention", "varlen_layernorm", "varlen_reduce", "varlen_rmsnorm", "varlen_softmax"]
+
+
+def why_not(op: str, *args: Any, **options: Any) -> str | None:
+    """Say what speaks against computing this call here."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "it has no rules for torch.func's transformations"
+    if forward_ad._current_level >= 0:
+        return "it has no forward-mode derivative"
+    return None

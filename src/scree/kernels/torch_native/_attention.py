@@ -1,0 +1,160 @@
+"""Attention by `scaled_dot_product_attention`'s kernel for the CPU, sequence by sequence, without padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._array import Array
+from .._rows import sides
+from . import _flash, _softcap
+from ._common import host, wide
+
+_NO_LIMIT = -1
+_Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _limits(left: int, right: int) -> tuple[int | None, int | None]:
+    return (None if left == _NO_LIMIT else left), (None if right == _NO_LIMIT else right)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """o (T, H, D_v) and lse (T, H), in the wide dtype; zeros beyond the last row."""
+    limits = _limits(left, right)
+    bounds = host(q_offsets), host(k_offsets)
+    if softcap:
+        o, lse = _softcap.forward(q, k, v, *bounds, scale, limits, softcap)
+    else:
+        o, lse = _flash.forward(q, k, v, *bounds, scale, limits)
+    if sinks is not None:
+        used = int(bounds[0][-1])
+        inner = lse[:used]
+        whole = torch.logaddexp(inner, sinks.to(lse.dtype))
+        o[:used] *= torch.sub(inner, whole).exp_()[..., None]
+        lse[:used] = whole
+    return o, lse
+
+
+def _backward(
+    grad_o: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtypes of q, k, v, and dsinks (of no size without sinks)."""
+    limits = _limits(left, right)
+    bounds = host(q_offsets), host(k_offsets)
+    g_lse = grad_lse if with_lse else None
+    if softcap:
+        dq, dk, dv = _softcap.backward(grad_o, g_lse, q, k, v, o, lse, *bounds, scale, limits, softcap)
+    else:
+        dq, dk, dv = _flash.backward(grad_o, g_lse, q, k, v, o, lse, *bounds, scale, limits)
+    if sinks is None:
+        return dq, dk, dv, lse.new_empty((0,))
+    used = int(bounds[0][-1])
+    pull = -(grad_o[:used].to(o.dtype) * o[:used]).sum(-1)
+    if g_lse is not None:
+        pull += g_lse[:used]
+    weight = torch.sub(sinks.to(lse.dtype), lse[:used]).exp_()
+    return dq, dk, dv, weight.mul_(pull).sum(0).to(sinks.dtype)
+
+
+_SCALARS = "float scale, SymInt left, SymInt right, float softcap, bool with_lse"
+_INPUTS = "Tensor q, Tensor k, Tensor v"
+_REST = f"Tensor q_offsets, Tensor k_offsets, Tensor? sinks, {_SCALARS}"
+
+attention = torch.library.custom_op(
+    "scree::varlen_attention", _forward, mutates_args=(), schema=f"({_INPUTS}, {_REST}) -> (Tensor, Tensor)"
+)
+attention_bwd = torch.library.custom_op(
+    "scree::varlen_attention_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor grad_o, Tensor grad_lse, {_INPUTS}, Tensor o, Tensor lse, {_REST})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype, (total, heads, _) = wide(q.dtype), q.shape
+    return q.new_empty((total, heads, v.shape[2]), dtype=dtype), q.new_empty((total, heads), dtype=dtype)
+
+
+@attention_bwd.register_fake
+def _(
+    grad_o: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks = rest[2]
+    dsinks = lse.new_empty((0,)) if sinks is None else torch.empty_like(sinks)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, q_offsets, k_offsets, sinks, *ctx.scalars = inputs
+    ctx.save_for_backward(q, k, v, *output, q_offsets, k_offsets, sinks)
+
+
+def _grads(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, sinks = ctx.saved_tensors
+    dq, dk, dv, dsinks = attention_bwd(grad_o, grad_lse, *tensors, sinks, *ctx.scalars)
+    return (dq, dk, dv, None, None, None if sinks is None else dsinks, *(None,) * len(ctx.scalars))
+
+
+attention.register_autograd(_grads, setup_context=_keep)
+
+
+def varlen_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = False,
+    *,
+    scale: float,
+    window_size: tuple[int | None, int | None],
+    softcap: float | None,
+    sinks: Tensor | None,
+    return_lse: bool,
+) -> tuple[Array, Array] | Array:
+    """Compute `scree.kernels.varlen_attention`, one sequence after the other, each without its neighbours' memory."""
+    left, right = (_NO_LIMIT if side is None else side for side in sides(causal, window_size))
+    o, lse = attention(
+        q.values,
+        k.values,
+        v.values,
+        q.offsets,
+        k.offsets,
+        sinks,
+        scale,
+        left,
+        right,
+        softcap or 0.0,
+        return_lse,
+    )
+    out = q.with_values(o.to(q.dtype))
+    return (out, q.with_values(lse.to(torch.float32))) if return_lse else out

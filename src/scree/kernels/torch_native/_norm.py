@@ -1,0 +1,205 @@
+"""Norms over the last axis, some tokens at a time, so that what one pass reads the next still finds in the cache."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._array import Array
+from .._rows import used_only
+from ._common import empty, wide
+
+_BLOCK = 1 << 19  # elements of a block of tokens: small for the cache, and large beside the cost of waking threads
+
+
+def _step(features: int) -> int:
+    return max(2, _BLOCK // max(features, 1))
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Sum over the last axis of (R, M), (R, 1): one token is summed beside itself, as torch would split it up alone."""
+    if x.shape[0] == 1:
+        return torch.cat((x, x)).sum(-1, keepdim=True)[:1]
+    return x.sum(-1, keepdim=True)
+
+
+def _rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x**2) + eps), (R, 1)."""
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return size.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _dtype(x: Tensor, *weights: Tensor | None) -> torch.dtype:
+    dtype = wide(x.dtype)
+    for weight in weights:
+        if weight is not None:
+            dtype = torch.promote_types(dtype, weight.dtype)
+    return dtype
+
+
+def _wide(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if weight is None else weight.to(dtype)
+
+
+def _rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    dtype = _dtype(x, weight)
+    w = _wide(weight, dtype)
+    out = empty(tuple(x.shape), x.dtype)
+    step = _step(x.shape[1])
+    for t in range(0, x.shape[0], step):
+        part = x[t : t + step].to(wide(x.dtype))
+        r, y = _rms(part, eps), out[t : t + step]
+        if w is None and y.dtype == part.dtype:
+            torch.mul(part, r, out=y)
+        elif w is None:
+            y.copy_(part * r)
+        elif y.dtype == dtype:
+            torch.mul(part, r, out=y)
+            y.mul_(w)
+        else:
+            y.copy_((part * r).to(dtype).mul_(w))
+    return out
+
+
+def _rmsnorm_bwd(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """y = x * r * w: dx = r * (g w) - x * r**3 * mean(g w x), dw = sum of g x r over the tokens."""
+    dtype = _dtype(x, weight)
+    w = _wide(weight, dtype)
+    dx = empty(tuple(x.shape), x.dtype)
+    dw = torch.zeros(x.shape[1] if weight is not None else 0, dtype=dtype)
+    step = _step(x.shape[1])
+    for t in range(0, x.shape[0], step):
+        part, g = x[t : t + step].to(dtype), grad[t : t + step].to(dtype)
+        r = _rms(x[t : t + step].to(wide(x.dtype)), eps).to(dtype)
+        y = part * r
+        if w is not None:
+            dw += (g * y).sum(0)
+            g = g * w
+        pull = _sum(g * y).mul_(1.0 / x.shape[1])
+        dx[t : t + step] = torch.sub(g, y.mul_(pull)).mul_(r)
+    return dx, dw if weight is None else dw.to(weight.dtype)
+
+
+def _layernorm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    dtype = _dtype(x, weight, bias)
+    w, b = _wide(weight, dtype), _wide(bias, dtype)
+    out = empty(tuple(x.shape), x.dtype)
+    step = _step(x.shape[1])
+    for t in range(0, x.shape[0], step):
+        out[t : t + step] = torch.native_layer_norm(x[t : t + step].to(dtype), x.shape[1:], w, b, eps)[0]
+    return out
+
+
+def _layernorm_bwd(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _dtype(x, weight, bias)
+    w, b = _wide(weight, dtype), _wide(bias, dtype)
+    dx = empty(tuple(x.shape), x.dtype)
+    dw = torch.zeros(x.shape[1] if weight is not None else 0, dtype=dtype)
+    db = torch.zeros(x.shape[1] if bias is not None else 0, dtype=dtype)
+    wanted = [True, weight is not None, bias is not None]
+    step = _step(x.shape[1])
+    for t in range(0, x.shape[0], step):
+        part = x[t : t + step].to(dtype)
+        _, mean, rstd = torch.native_layer_norm(part, x.shape[1:], None, None, eps)
+        g = grad[t : t + step].to(dtype)
+        d, d_w, d_b = torch.ops.aten.native_layer_norm_backward(g, part, x.shape[1:], mean, rstd, w, b, wanted)
+        dx[t : t + step] = d
+        if weight is not None:
+            dw += d_w
+        if bias is not None:
+            db += d_b
+    return dx, dw if weight is None else dw.to(weight.dtype), db if bias is None else db.to(bias.dtype)
+
+
+rmsnorm = torch.library.custom_op(
+    "scree::varlen_rmsnorm",
+    _rmsnorm,
+    mutates_args=(),
+    schema="(Tensor x, Tensor? weight, float eps) -> Tensor",
+)
+rmsnorm_bwd = torch.library.custom_op(
+    "scree::varlen_rmsnorm_backward",
+    _rmsnorm_bwd,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)",
+)
+layernorm = torch.library.custom_op(
+    "scree::varlen_layernorm",
+    _layernorm,
+    mutates_args=(),
+    schema="(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+)
+layernorm_bwd = torch.library.custom_op(
+    "scree::varlen_layernorm_backward",
+    _layernorm_bwd,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@rmsnorm.register_fake
+def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@layernorm.register_fake
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _like(weight: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty((0,), dtype=wide(x.dtype)) if weight is None else torch.empty_like(weight)
+
+
+@rmsnorm_bwd.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _like(weight, x)
+
+
+@layernorm_bwd.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), _like(weight, x), _like(bias, x)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _rmsnorm_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    dx, dw = rmsnorm_bwd(grad.contiguous(), x, weight, ctx.eps)
+    return dx, None if weight is None else dw, None
+
+
+def _layernorm_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    dx, dw, db = layernorm_bwd(grad.contiguous(), x, weight, bias, ctx.eps)
+    return dx, None if weight is None else dw, None if bias is None else db, None
+
+
+rmsnorm.register_autograd(_rmsnorm_grads, setup_context=_keep)
+layernorm.register_autograd(_layernorm_grads, setup_context=_keep)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+
+
+def varlen_rmsnorm(arr: Array, weight: Tensor | None = None, eps: float = 1e-6) -> Array:
+    """Compute `scree.kernels.varlen_rmsnorm`, block by block."""
+    x = used_only(arr, arr.values)
+    y = rmsnorm(_tokens(x), weight, eps).reshape(x.shape)
+    return arr.with_values(used_only(arr, y))
+
+
+def varlen_layernorm(arr: Array, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Array:
+    """Compute `scree.kernels.varlen_layernorm`, block by block."""
+    x = used_only(arr, arr.values)
+    y = layernorm(_tokens(x), weight, bias, eps).reshape(x.shape)
+    return arr.with_values(used_only(arr, y))

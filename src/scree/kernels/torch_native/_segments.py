@@ -1,0 +1,254 @@
+"""Softmax and reductions along the ragged axis: rows of one length together, long rows one by one.
+
+Sums run along the middle axis of (G, n, F), which torch adds up column by column, the same way for every G.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._array import Array
+from ..._check import integer_limits, is_integer
+from ..._layout import moved_from_front, moved_to_front
+from .._rows import Rows, alike
+from ._common import empty, host, wide
+
+_INF = float("inf")
+_SPLIT = 1 << 17  # elements: a longer row is computed some columns at a time
+
+
+def _tokens(rows: Rows, x: Tensor, index: Tensor | None) -> Tensor:
+    """The tokens of these rows of x (T, F): (G, n, F), a view where they lie together."""
+    some = x[int(rows.starts[0]) : int(rows.starts[-1]) + rows.length] if index is None else x.index_select(0, index)
+    return some.view(len(rows.starts), rows.length, -1)
+
+
+def _index(rows: Rows) -> Tensor | None:
+    return None if rows.adjacent else torch.from_numpy(rows.tokens())
+
+
+def _columns(length: int, features: int) -> int:
+    """How many columns of a row to compute at a time: a matter of the row's own shape."""
+    if length * features <= _SPLIT:
+        return max(features, 1)
+    return max(16, _SPLIT // length // 16 * 16)
+
+
+def _by_columns(fn: Callable[..., Tensor], columns: int, out: Tensor, *given: Tensor) -> None:
+    """out[...] = fn(*given), some columns (the last axis) at a time, in the wide dtype."""
+    dtype = wide(given[0].dtype)
+    for c in range(0, out.shape[-1], columns):
+        parts = (x[..., c : c + columns].to(dtype).contiguous() for x in given)
+        out[..., c : c + columns] = fn(*parts)
+
+
+def _each(
+    offsets: Tensor,
+    fn: Callable[..., Tensor],
+    dtype: torch.dtype,
+    tokens: tuple[Tensor, ...],
+    values: tuple[Tensor, ...] = (),
+    alone: Callable[..., Any] | None = None,
+) -> Tensor:
+    """Apply fn to the tokens (T, F) of each row and to its values (B, F): (T, F), zeros beyond the last row.
+
+    ``alone(out, *given)`` may compute long rows, in the wide dtype.
+    """
+    x, bounds = tokens[0], host(offsets)
+    out = empty(tuple(x.shape), dtype)
+    out[int(bounds[-1]) :] = 0
+    for rows in alike(bounds, x.shape[1]):
+        index = _index(rows)
+        given = [_tokens(rows, y, index) for y in tokens]
+        numbers = torch.from_numpy(rows.numbers)
+        given += [v.index_select(0, numbers)[:, None] for v in values]
+        if rows.short:
+            y = fn(*(part.to(wide(x.dtype)) for part in given))
+            if index is None:
+                _tokens(rows, out, None).copy_(y)
+            else:
+                out.index_copy_(0, index, y.reshape(-1, out.shape[1]).to(dtype))
+        elif alone is not None:
+            alone(_tokens(rows, out, None), *(part.to(wide(x.dtype)) for part in given))
+        else:
+            _by_columns(fn, _columns(rows.length, x.shape[1]), _tokens(rows, out, None), *given)
+    return out
+
+
+# Softmax: (G, n, F) each. torch's own takes one pass, but its last bit depends on how columns fall to threads: it is
+# for rows that are computed alone.
+
+
+def _softmax(x: Tensor) -> Tensor:
+    p = torch.sub(x, x.amax(1, keepdim=True)).exp_()
+    return p.div_(p.sum(1, keepdim=True))
+
+
+def _softmax_bwd(g: Tensor, y: Tensor) -> Tensor:
+    gy = g * y
+    return gy.sub_(y * gy.sum(1, keepdim=True))
+
+
+def _softmax_alone(out: Tensor, x: Tensor) -> None:
+    torch.softmax(x, 1, out=out)
+
+
+def _softmax_bwd_alone(out: Tensor, g: Tensor, y: Tensor) -> None:
+    torch.ops.aten._softmax_backward_data.out(g, y, 1, y.dtype, grad_input=out)
+
+
+softmax = torch.library.custom_op(
+    "scree::varlen_softmax",
+    lambda x, offsets: _each(offsets, _softmax, wide(x.dtype), (x,), alone=_softmax_alone),
+    mutates_args=(),
+    schema="(Tensor x, Tensor offsets) -> Tensor",
+)
+softmax_bwd = torch.library.custom_op(
+    "scree::varlen_softmax_backward",
+    lambda grad, y, offsets: _each(offsets, _softmax_bwd, y.dtype, (grad.contiguous(), y), alone=_softmax_bwd_alone),
+    mutates_args=(),
+    schema="(Tensor grad, Tensor y, Tensor offsets) -> Tensor",
+)
+
+
+@softmax.register_fake
+def _(x: Tensor, offsets: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=wide(x.dtype))
+
+
+@softmax_bwd.register_fake
+def _(grad: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
+    return torch.empty_like(y)
+
+
+def _keep_softmax(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output, inputs[1])
+
+
+softmax.register_autograd(lambda ctx, grad: (softmax_bwd(grad, *ctx.saved_tensors), None), setup_context=_keep_softmax)
+
+
+def _flat(arr: Array) -> Tensor:
+    """The values as (T, F), contiguous, the ragged axis first."""
+    x = moved_to_front(arr._xp, arr.values, arr.ragged_dim)
+    return x.reshape(x.shape[0], math.prod(arr.feature_shape)).contiguous()
+
+
+def varlen_softmax(arr: Array) -> Array:
+    """Compute `scree.kernels.varlen_softmax` with rows of one length together."""
+    y = softmax(_flat(arr), arr.offsets).to(arr.dtype)  # rounded here: the backward needs it as it was
+    y = y.reshape(arr.total_length, *arr.feature_shape)
+    return arr.with_values(moved_from_front(arr._xp, y, arr.ragged_dim))
+
+
+# Reductions: (G, n, F) to (G, F).
+
+
+def _logsumexp(x: Tensor) -> Tensor:
+    top = x.amax(1, keepdim=True)
+    top = torch.where(top.abs() < _INF, top, torch.zeros_like(top))
+    return torch.sub(x, top).exp_().sum(1).log_().add_(top[:, 0])
+
+
+_REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda x: x.sum(1, dtype=x.dtype),
+    "mean": lambda x: x.sum(1, dtype=x.dtype) / x.shape[1],
+    "max": lambda x: x.amax(1),
+    "min": lambda x: x.amin(1),
+    "logsumexp": _logsumexp,
+}
+
+
+def _of_nothing(op: str, dtype: torch.dtype) -> float | int | bool:
+    if op == "sum":
+        return 0
+    if op == "mean":
+        return float("nan")
+    if dtype == torch.bool:
+        return op == "min"
+    name = str(dtype).removeprefix("torch.")
+    if is_integer(name):
+        return integer_limits(name)[op == "min"]
+    return _INF if op == "min" else -_INF
+
+
+def _reduce(x: Tensor, offsets: Tensor, op: str) -> Tensor:
+    bounds = host(offsets)
+    out = torch.full((len(bounds) - 1, x.shape[1]), _of_nothing(op, x.dtype), dtype=x.dtype)
+    dtype = wide(x.dtype) if x.is_floating_point() else x.dtype
+    for rows in alike(bounds, x.shape[1]):
+        given = _tokens(rows, x, _index(rows))
+        columns = x.shape[1] if op != "logsumexp" else _columns(rows.length, x.shape[1])
+        for c in range(0, x.shape[1], columns):
+            part = given[..., c : c + columns].to(dtype)
+            y = _REDUCE[op](part).to(x.dtype)
+            if len(rows.numbers) == 1:
+                out[int(rows.numbers[0]), c : c + columns] = y[0]
+            else:
+                out[torch.from_numpy(rows.numbers), c : c + columns] = y
+    return out
+
+
+def _share(g: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """Share a gradient among the tokens that are the largest (or the smallest)."""
+    won = (x == out).to(x.dtype)
+    return won.mul_(g / won.sum(1, keepdim=True).clamp_(min=1))
+
+
+def _logsumexp_bwd(g: Tensor, x: Tensor) -> Tensor:
+    top = x.amax(1, keepdim=True)
+    p = torch.sub(x, torch.where(top.abs() < _INF, top, torch.zeros_like(top))).exp_()
+    s = p.sum(1, keepdim=True)
+    return p.mul_(g / torch.where(s == 0, torch.ones_like(s), s))
+
+
+def _reduce_bwd(grad: Tensor, x: Tensor, out: Tensor, offsets: Tensor, op: str) -> Tensor:
+    if op in ("max", "min"):
+        return _each(offsets, lambda x, g, o: _share(g, x, o), x.dtype, (x,), (grad, out))
+    fn: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "sum": lambda x, g: g.expand(x.shape),
+        "mean": lambda x, g: (g / x.shape[1]).expand(x.shape),
+        "logsumexp": lambda x, g: _logsumexp_bwd(g, x),
+    }
+    return _each(offsets, fn[op], x.dtype, (x,), (grad,))
+
+
+reduce = torch.library.custom_op(
+    "scree::varlen_reduce", _reduce, mutates_args=(), schema="(Tensor x, Tensor offsets, str op) -> Tensor"
+)
+reduce_bwd = torch.library.custom_op(
+    "scree::varlen_reduce_backward",
+    _reduce_bwd,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor out, Tensor offsets, str op) -> Tensor",
+)
+
+
+@reduce.register_fake
+def _(x: Tensor, offsets: Tensor, op: str) -> Tensor:
+    return x.new_empty((offsets.shape[0] - 1, x.shape[1]))
+
+
+@reduce_bwd.register_fake
+def _(grad: Tensor, x: Tensor, out: Tensor, offsets: Tensor, op: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _keep_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, offsets, ctx.op = inputs
+    ctx.save_for_backward(x, output, offsets)
+
+
+reduce.register_autograd(
+    lambda ctx, grad: (reduce_bwd(grad, *ctx.saved_tensors, ctx.op), None, None), setup_context=_keep_reduce
+)
+
+
+def varlen_reduce(arr: Array, op: str) -> Tensor:
+    """Compute `scree.kernels.varlen_reduce` with rows of one length together."""
+    return reduce(_flat(arr), arr.offsets, op).reshape(arr.batch_size, *arr.feature_shape)

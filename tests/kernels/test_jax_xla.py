@@ -1,0 +1,130 @@
+"""What the room jax_xla promises beyond the suite: traced offsets, one trace for all raggedness, memory, vmap."""
+
+import numpy as np
+import pytest
+
+import oracle
+import scree
+from cases import normal
+from expect import assert_close, assert_same_bits
+from scree import kernels
+from test_compilers import need
+
+pytestmark = pytest.mark.no_poison
+NAME = "jax_xla"
+RAGGED = [(3, 1, 5), (2, 2), (6,), (0, 0, 4, 1), (5, 4)]
+
+
+@pytest.fixture
+def jx():
+    """JAX."""
+    return need("jax")
+
+
+def arr_of(jx, lengths, features, seed=0):
+    """Make an Array of normals."""
+    values = jx.array(normal((sum(lengths), *features), seed))
+    return scree.Array(values, jx.array(oracle.offsets_of(lengths), "int32"))
+
+
+def attend(a, implementation=NAME, **options):
+    """Call causal attention of an Array with itself."""
+    return kernels.varlen_attention(a, a, a, causal=True, implementation=implementation, **options).values
+
+
+CALLS = {
+    "attention": attend,
+    "softmax": lambda a, implementation=NAME: kernels.varlen_softmax(a, implementation=implementation).values,
+    "reduce": lambda a, implementation=NAME: kernels.varlen_reduce(a, "mean", implementation=implementation),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_offsets_may_be_traced_and_one_trace_serves_all_raggedness(jx, name):
+    jax, traces = jx.module, []
+
+    @jax.jit
+    def step(a):
+        traces.append(None)
+
+        def loss(values):
+            out = CALLS[name](a.with_values(values))
+            return (jax.numpy.nan_to_num(out) ** 2).sum(), out
+
+        (_, out), grad = jax.value_and_grad(loss, has_aux=True)(a.values)
+        return out, grad
+
+    for lengths in RAGGED:
+        plain = arr_of(jx, lengths, (2, 4))
+        out, grad = step(scree.with_capacity(plain, 4, 10))
+        want = jx.to_np(CALLS[name](plain, "reference"))
+        assert_close(jx.to_np(out)[: len(want)], want, "float32")
+        assert np.isfinite(jx.to_np(grad)).all()
+        assert (jx.to_np(grad)[sum(lengths) :] == 0).all()
+    assert len(traces) == 1
+
+
+def test_rows_of_several_tiles_and_a_row_alone(jx):
+    # A tile has 128 tokens: rows that end within one, at its end, and behind several.
+    lengths = (130, 5, 128, 300)
+    a = arr_of(jx, lengths, (2, 8))
+    out = jx.to_np(attend(a))
+    host = scree.Array(jx.to_np(a.values), jx.to_np(a.offsets))
+    assert_close(out, attend(host, "reference"), "float32")
+    cuts = oracle.offsets_of(lengths)
+    for row in (0, 3):
+        place = slice(cuts[row], cuts[row + 1])
+        assert_same_bits(jx.to_np(attend(a[row : row + 1])), out[place])
+
+
+def test_the_gradient_of_rows_of_several_tiles(jx):
+    lengths = (130, 5, 300)
+    a, weights = arr_of(jx, lengths, (2, 8)), normal((435, 2, 8), 3)
+
+    def grad(a, weights):
+        return jx.eager_grad(lambda v: (attend(a.with_values(v)) * jx.array(weights)).sum(), a.values)[0]
+
+    (want,) = jx.grad(lambda v: (attend(a.with_values(v), "reference") * jx.array(weights)).sum(), a.values)
+    got = grad(a, weights)
+    assert_close(got, want, "float32", scale=8.0)
+    assert_same_bits(grad(a[2:3], weights[135:]), got[135:])
+
+
+def test_wide_and_narrow_tokens_of_long_rows(jx):
+    for features in (70, 3):
+        lengths = (200, 3, 0, 1100)
+        a = arr_of(jx, lengths, (features,))
+        for name in ("softmax", "reduce"):
+            got = jx.to_np(CALLS[name](a))
+            assert_close(got, jx.to_np(CALLS[name](a, "reference")), "float32")
+            alone = jx.to_np(CALLS[name](a[3:4]))
+            assert_same_bits(alone, got[203:] if name == "softmax" else got[3:])
+
+
+def test_memory_is_of_the_order_of_the_tokens(jx):
+    jax = jx.module
+
+    def temporary(n):
+        a = arr_of(jx, (n,), (1, 8))
+        grad = jax.grad(lambda values, offsets: attend(scree.Array(values, offsets)).sum())
+        return jax.jit(grad).lower(a.values, a.offsets).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(8192) <= 4.5 * temporary(2048)
+    assert temporary(8192) < 8192 * 8192 * 4 / 10
+
+
+def test_vmap_over_values(jx):
+    jax = jx.module
+    a = arr_of(jx, (3, 0, 5), (2, 4))
+    stacked = jx.array(normal((3, 8, 2, 4), 5))
+    many = jax.vmap(lambda v: attend(a.with_values(v)))(stacked)
+    for got, values in zip(many, stacked, strict=True):
+        assert_close(jx.to_np(got), jx.to_np(attend(a.with_values(values))), "float32")
+
+
+def test_no_offsets_reach_outside(jx):
+    # What no check has seen, as under a trace: too large, falling, negative.
+    values = jx.array(normal((10, 2, 4), 0))
+    for offsets in ([0, 4, 90], [0, 8, 3], [0, -5, 10], [7, 2, -1]):
+        out = jx.module.jit(lambda v, o: attend(scree.Array(v, o)))(values, jx.array(offsets, "int32"))
+        assert np.isfinite(jx.to_np(out)).all()

@@ -1,0 +1,83 @@
+"""What the room numpy_blas promises beyond the suite: bits at sizes where libraries switch, accuracy, memory."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import oracle
+import scree
+from cases import normal
+from expect import assert_close, assert_same_bits
+from scree import kernels
+
+pytestmark = pytest.mark.no_poison
+NAME = "numpy_blas"
+
+
+def arr_of(lengths, features, seed=0, dtype=np.float32):
+    """Make an Array of normals on NumPy."""
+    values = normal((sum(lengths), *features), seed).astype(dtype)
+    return scree.Array(values, np.array(oracle.offsets_of(lengths), np.int32))
+
+
+CALLS = {
+    "softmax": lambda a: kernels.varlen_softmax(a, implementation=NAME).values,
+    "sum": lambda a: kernels.varlen_reduce(a, "sum", implementation=NAME),
+    "logsumexp": lambda a: kernels.varlen_reduce(a, "logsumexp", implementation=NAME),
+    "rmsnorm": lambda a: kernels.varlen_rmsnorm(a, implementation=NAME).values,
+    "layernorm": lambda a: kernels.varlen_layernorm(a, implementation=NAME).values,
+}
+
+
+@pytest.mark.parametrize("features", [(1,), (5,), (33,), (1100,)], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_row_alone_at_many_sizes(name, features):
+    lengths = (7, 130, 7, 1, 7, 130, 700)
+    a = arr_of(lengths, features)
+    out, cuts = CALLS[name](a), oracle.offsets_of(lengths)
+    for i, row in enumerate(scree.unpack(a)):
+        place = slice(cuts[i], cuts[i + 1]) if len(out) == len(a.values) else slice(i, i + 1)
+        assert_same_bits(CALLS[name](scree.pack([row])), out[place])
+
+
+@pytest.mark.parametrize("lengths", [(1, 33, 17, 33, 5, 17), (200, 97, 200, 31), (800, 3, 520)], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 16), (4, 2, 5), (3, 3, 64)])
+@pytest.mark.parametrize("options", [{"causal": True}, {"window_size": (40, 3)}, {"softcap": 2.0}], ids=str)
+def test_attention_of_a_row_alone_at_many_sizes(lengths, heads, kv_heads, dim, options):
+    q, k, v = (arr_of(lengths, (h, dim), seed) for seed, h in enumerate((heads, kv_heads, kv_heads)))
+    out, lse = kernels.varlen_attention(q, k, v, return_lse=True, implementation=NAME, **options)
+    want = kernels.varlen_attention(q, k, v, implementation="reference", **options)
+    assert_close(out.values, want.values, "float32")
+    for i, rows in enumerate(zip(q, k, v, strict=True)):
+        mine = [scree.pack([row]) for row in rows]
+        alone, lse_alone = kernels.varlen_attention(*mine, return_lse=True, implementation=NAME, **options)
+        assert_same_bits(alone.values, out[i])
+        assert_same_bits(lse_alone.values, lse[i])
+
+
+@pytest.mark.parametrize("features", [(), (64,)], ids=str)
+def test_a_long_sum_is_no_long_row_of_additions(features):
+    a = arr_of((200_000,), features).map(lambda x: np.abs(x) + 1)
+    got = kernels.varlen_reduce(a, "sum", implementation=NAME)
+    np.testing.assert_allclose(got[0], a.values.astype(np.float64).sum(0), rtol=1e-6)
+
+
+def peak(call):
+    """Return the bytes that a call holds at most."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_attention_needs_memory_of_the_order_of_the_tokens():
+    def of(n, implementation=NAME):
+        a = arr_of((n,), (2, 8))
+        return peak(lambda: kernels.varlen_attention(a, a, a, causal=True, implementation=implementation))
+
+    # Four times the tokens: at most four times the memory of the tokens, and never a square of them.
+    assert of(4000) <= 4.5 * of(1000)
+    assert of(4000) < 4000 * 4000 * 4 / 4 < of(4000, "reference")

@@ -1,0 +1,148 @@
+"""What the room torch_native promises beyond the suite: compilers, refusals, bits at sizes where libraries switch."""
+
+import numpy as np
+import pytest
+
+import oracle
+import scree
+from cases import batch, normal
+from expect import assert_close, assert_same_bits, raises
+from scree import kernels
+from test_compilers import need
+
+pytestmark = [
+    pytest.mark.no_poison,
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # PyTorch's own
+]
+NAME = "torch_native"
+
+
+@pytest.fixture
+def th():
+    """PyTorch, with an empty compiler."""
+    harness = need("torch")
+    harness.module._dynamo.reset()
+    yield harness
+    harness.module._dynamo.reset()
+
+
+def attend(q, k, v, **options):
+    """Call attention, causal."""
+    return kernels.varlen_attention(q, k, v, causal=True, implementation=NAME, **options)
+
+
+CALLS = {
+    "attention": lambda a: attend(a, a, a).values,
+    "softcap": lambda a: attend(a, a, a, softcap=2.0).values,
+    "softmax": lambda a: kernels.varlen_softmax(a, implementation=NAME).values,
+    "reduce": lambda a: kernels.varlen_reduce(a, "logsumexp", implementation=NAME),
+    "rmsnorm": lambda a: kernels.varlen_rmsnorm(a, implementation=NAME).values,
+    "layernorm": lambda a: kernels.varlen_layernorm(a, implementation=NAME).values,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_whole_with_the_array_as_an_argument(th, name):
+    torch = th.module
+    a = batch(th, (3, 2, 5), (2, 8))
+
+    def grad(fn):
+        values = a.values.clone().requires_grad_()
+        out = fn(scree.Array(values, a.offsets))
+        return out.detach(), torch.autograd.grad((out * out).sum(), values)[0]
+
+    compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")
+    for got, want in zip(grad(compiled), grad(CALLS[name]), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_is_what_the_front_door_chooses(th):
+    a = batch(th, (3, 2, 5), (2, 8))
+    want = attend(a, a, a)
+    assert_same_bits(th.to_np(kernels.varlen_attention(a, a, a, causal=True).values), th.to_np(want.values))
+    assert_same_bits(th.to_np(kernels.varlen_softmax(a).values), th.to_np(CALLS["softmax"](a)))
+
+
+def test_says_what_it_cannot_transform(th):
+    torch = th.module
+    a = batch(th, (3, 5), (2, 8))
+    with raises(NotImplementedError, "varlen_softmax", NAME, "torch.func"):
+        torch.func.grad(lambda v: CALLS["softmax"](a.with_values(v)).sum())(a.values)
+    with raises(NotImplementedError, "varlen_rmsnorm", NAME, "forward-mode"), torch.autograd.forward_ad.dual_level():
+        CALLS["rmsnorm"](a)
+    # Not asked for by name, the reference takes the call.
+    got = torch.func.grad(lambda v: kernels.varlen_softmax(a.with_values(v)).values.square().sum())(a.values)
+    (want,) = th.grad(lambda v: kernels.varlen_softmax(a.with_values(v)).values.square().sum(), a.values)
+    assert_close(th.to_np(got), want, "float32", scale=4.0)
+
+
+def test_a_second_derivative_is_refused_and_not_zero(th):
+    torch = th.module
+    a = batch(th, (3, 5), (2, 8))
+    values = a.values.clone().requires_grad_()
+    out = CALLS["softmax"](a.with_values(values)).square().sum()
+
+    def twice():
+        (grad,) = torch.autograd.grad(out, values, create_graph=True)
+        return torch.autograd.grad(grad.sum(), values)
+
+    with pytest.raises(RuntimeError):
+        twice()
+
+
+def rows_alone(th, lengths, features, call, seed=0, shift=0):
+    """Require of every row, forward and backward, the bits that it has alone in memory of its own."""
+    torch = th.module
+    total = sum(lengths)
+    flat = torch.zeros(total * int(np.prod(features)) + shift)[shift:]
+    values = flat.view(total, *features).copy_(th.array(normal((total, *features), seed)))
+    cuts = oracle.offsets_of(lengths)
+
+    def both(values, offsets, weights):
+        leaf = values.detach().requires_grad_()
+        out = call(scree.Array(leaf, torch.tensor(offsets)))
+        if len(out) == len(values):
+            loss = (out * weights).sum()
+        else:
+            loss = (out * weights[: len(out)]).sum()
+        return out.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    probe = call(scree.Array(values, torch.tensor(cuts)))
+    per_token = len(probe) == total
+    weights = th.array(normal(tuple(probe.shape), seed + 1))
+    out, grad = both(values, cuts, weights)
+    for i, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        place = slice(start, stop) if per_token else slice(i, i + 1)
+        alone, grad_alone = both(values[start:stop].clone(), [0, stop - start], weights[place])
+        assert_same_bits(th.to_np(alone), th.to_np(out[place]))
+        assert_same_bits(th.to_np(grad_alone), th.to_np(grad[start:stop]))
+
+
+# Around the sizes where the kernel's blocks change, and of odd sizes; shifted, no row begins where torch aligns.
+@pytest.mark.parametrize("lengths", [(1, 33, 17, 33, 5), (200, 97, 200, 31), (800, 3, 520)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 16), (2, 5), (3, 64)], ids=str)
+@pytest.mark.parametrize("name", ["attention", "softcap"])
+@pytest.mark.parametrize("shift", [0, 3])
+def test_attention_of_a_row_alone_at_many_sizes(th, lengths, heads, name, shift):
+    rows_alone(th, lengths, heads, CALLS[name], shift=shift)
+
+
+@pytest.mark.parametrize("features", [(1,), (5,), (33,), (1100,)], ids=str)
+@pytest.mark.parametrize("name", ["softmax", "reduce", "rmsnorm", "layernorm"])
+def test_segments_of_a_row_alone_at_many_sizes(th, features, name):
+    rows_alone(th, (7, 130, 7, 1, 7, 130), features, CALLS[name])
+
+
+@pytest.mark.parametrize("op", ["sum", "mean", "logsumexp"])
+def test_a_long_column_alone(th, op):
+    # Longer than what torch's reductions would split between threads.
+    rows_alone(th, (40_000, 3, 40_000), (1,), lambda a: kernels.varlen_reduce(a, op, implementation=NAME))
+
+
+def test_a_window_needs_no_square_of_memory(th):
+    torch = th.module
+    a = batch(th, (6000,), (1, 8))
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        attend(a, a, a, window_size=(64, 0))
+    largest = max(event.self_cpu_memory_usage for event in seen.key_averages())
+    assert largest < 6000 * 6000 * 4
