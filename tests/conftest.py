@@ -136,7 +136,7 @@ def pytest_collection_modifyitems(config, items):
         i for i in items if any("empty parameter set" in m.kwargs.get("reason", "") for m in i.iter_markers("skip"))
     ]
     if "SCREE_IMPLEMENTATION" in os.environ:
-        empty += [i for i in items if "implementation" not in i.fixturenames and "triton" not in i.keywords]
+        empty += [i for i in items if "implementation" not in i.fixturenames and not i.get_closest_marker("triton")]
     if empty:
         config.hook.pytest_deselected(items=empty)
         items[:] = [i for i in items if i not in set(empty)]

@@ -1,15 +1,18 @@
 """The command line: what it prints, where it writes, and what bad input gets."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import scree
 from scree._backends import FRAMEWORKS
-from scree.kernels._dispatch import TABLE
+from scree.kernels import triton
+from scree.kernels._dispatch import TABLE, Impl
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -254,3 +257,41 @@ def test_doctor_says_why_an_implementation_does_not_serve(monkeypatch):
     assert _doctor.why_not("varlen_softmax", "fast", place.array) == "serves device cuda, got cpu"
     monkeypatch.setitem(_doctor._CALLS, "varlen_softmax", fail)
     assert _doctor.why_not("varlen_softmax", "fast", place.array) == "failed: no driver"
+
+
+def test_doctor_names_the_implementation_and_why_not_the_others(monkeypatch):
+    fast = Impl("fast", ".fast", backends=("torch",), devices=("cuda",), dtypes=("float32",))
+    monkeypatch.setitem(TABLE, "varlen_softmax", (fast, *TABLE["varlen_softmax"]))
+    (place,) = _doctor._numpy()
+    chosen, against = _doctor.answer("varlen_softmax", place.array)
+    assert chosen == "reference"
+    assert against[0] == ("fast", "serves framework torch, got numpy and serves device cuda, got cpu")
+    monkeypatch.setitem(TABLE, "varlen_softmax", (fast,))
+    assert _doctor.answer("varlen_softmax", place.array).implementation is None
+    done = scree_("doctor")
+    assert "fast: serves framework torch, got numpy" in done.output
+    assert "none" in done.output
+
+
+def test_doctor_shows_what_a_compiler_raised(monkeypatch):
+    class TritonError(Exception):
+        pass
+
+    def fail(x, name):
+        raise TritonError("out of\nshared memory")
+
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(errors=SimpleNamespace(TritonError=TritonError)))
+    monkeypatch.setitem(_doctor._CALLS, "varlen_softmax", fail)
+    (place,) = _doctor._numpy()
+    assert _doctor.why_not("varlen_softmax", "fast", place.array) == "failed: out of shared memory"
+
+
+def test_doctor_says_whether_the_fast_kernels_can_run(monkeypatch):
+    monkeypatch.setattr(triton, "_missing", lambda: "it needs Triton")
+    assert _doctor.fast_kernels([]) == "it needs Triton"
+    monkeypatch.setattr(triton, "_missing", lambda: None)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.6.0")
+    assert _doctor.fast_kernels([]) == "Triton 3.6.0 on no device: PyTorch sees no GPU here"
+    places = tuple(_doctor.Place(name, None) for name in ("cpu", "cuda:0", "cuda:1"))
+    there = _doctor.Framework("torch", "2.11", places, None)
+    assert _doctor.fast_kernels([there]) == "Triton 3.6.0 on cuda:0, cuda:1"

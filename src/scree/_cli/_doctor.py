@@ -1,4 +1,4 @@
-"""`scree doctor`: what is here, and why the rest is not.
+"""`scree doctor`: what is here, what computes each op on it, and why the rest does not.
 
 Nothing is guessed: each framework is imported, and each implementation of each op is called on a tiny Array on each
 device.
@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from rich.text import Text
 import scree
 from scree import kernels
 from scree._backends import FRAMEWORKS
+from scree.kernels import triton
 from scree.kernels._dispatch import TABLE
 
 # What importing a framework, or asking for its devices, raises where it is broken: ImportError; OSError, a shared
@@ -91,6 +93,13 @@ _CALLS: dict[str, Callable[[scree.Array, str], Any]] = {
 }
 
 
+class Answer(NamedTuple):
+    """Which implementation computes an op, or None, and what speaks against those that stand before it."""
+
+    implementation: str | None
+    against: tuple[tuple[str, str], ...]
+
+
 class Framework(NamedTuple):
     """What is known of one framework: its version and places, or why it cannot be used."""
 
@@ -107,6 +116,7 @@ def run() -> None:
     with console.status("importing the frameworks"):
         found = [examine(name) for name in FRAMEWORKS]
     console.print(_frameworks(found))
+    console.print(Text(f"Fast kernels: {fast_kernels(found)}"))
     with console.status("trying the implementations"):
         table = _implementations(found)
     console.print(table)
@@ -133,9 +143,37 @@ def why_not(op: str, implementation: str, array: Any) -> str | None:
         _CALLS[op](scree.Array(array, [0, 1, 2]), implementation)
     except NotImplementedError as refused:  # its message: what was called, then "name: reason" of each implementation
         return str(refused).partition(f": {implementation}: ")[2] or str(refused)
-    except RuntimeError as failed:
-        return f"failed: {failed}"
+    except _failures() as failed:
+        return f"failed: {' '.join(str(failed).split())}"
     return None
+
+
+def answer(op: str, array: Any) -> Answer:
+    """Find which implementation computes an op on an array: the first of the table that can."""
+    against: list[tuple[str, str]] = []
+    for implementation in TABLE[op]:
+        reason = why_not(op, implementation.name, array)
+        if reason is None:
+            return Answer(implementation.name, tuple(against))
+        against.append((implementation.name, reason))
+    return Answer(None, tuple(against))
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a kernel that does not run raises: RuntimeError, and Triton's own where that is in use."""
+    own = getattr(getattr(sys.modules.get("triton"), "errors", None), "TritonError", None)
+    return (RuntimeError,) if own is None else (RuntimeError, own)
+
+
+def fast_kernels(found: list[Framework]) -> str:
+    """Say whether the Triton kernels can run here, and if not, what is missing."""
+    missing = triton._missing()
+    if missing is not None:
+        return missing
+    version = importlib.metadata.version("triton")
+    places = [place.name for framework in found if framework.name == "torch" for place in framework.places]
+    cuda = [name for name in places if name.startswith("cuda")]
+    return f"Triton {version} on {', '.join(cuda) if cuda else 'no device: PyTorch sees no GPU here'}"
 
 
 def _version(top: str, module: Any) -> str:
@@ -161,21 +199,16 @@ def _frameworks(found: list[Framework]) -> Table:
 
 
 def _implementations(found: list[Framework]) -> Table:
-    table = Table(title="Implementations, the first that serves is taken", title_justify="left", title_style="bold")
-    for heading in ("op", "implementation", "serves", "does not serve"):
+    table = Table(title="Who computes what", title_justify="left", title_style="bold")
+    for heading in ("op", "on", "computed by", "not by"):
         table.add_column(heading, overflow="fold")
-    for op, implementations in TABLE.items():
-        for i, implementation in enumerate(implementations):
-            serves: list[str] = []
-            against: dict[str, list[str]] = {}
-            for framework in found:
-                for place in framework.places:
-                    where = f"{framework.name} {place.name}"
-                    reason = why_not(op, implementation.name, place.array)
-                    if reason is None:
-                        serves.append(where)
-                    else:
-                        against.setdefault(reason, []).append(where)
-            reasons = "\n".join(f"{', '.join(places)}: {reason}" for reason, places in against.items())
-            table.add_row("" if i else op, implementation.name, Text(", ".join(serves)), Text(reasons))
+    for op in TABLE:
+        answers: dict[Answer, list[str]] = {}
+        for framework in found:
+            for place in framework.places:
+                answers.setdefault(answer(op, place.array), []).append(f"{framework.name} {place.name}")
+        for i, (given, places) in enumerate(answers.items()):
+            reasons = "\n".join(f"{name}: {reason}" for name, reason in given.against)
+            chosen = Text("none", style="yellow") if given.implementation is None else Text(given.implementation)
+            table.add_row("" if i else op, Text(", ".join(places)), chosen, Text(reasons))
     return table

@@ -245,7 +245,25 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: torch.Tensor, dlse: torch.Tensor) -> Any:
-        return _backward(ctx, do, dlse)[:7]
+        saved = ctx.saved_tensors
+        dq, dk, dv, dsinks = _TransformedBackward.apply(do, dlse, *saved, *ctx.options)  # pyright: ignore[reportGeneralTypeIssues]
+        return dq, dk, dv, None if saved[3] is None else dsinks, None, None, None
+
+
+class _TransformedBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[torch.Tensor, ...]:
+        return torch.ops.scree.attention_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise NotImplementedError(
+            f"{_OP}: the gradient of the Triton kernels is not differentiable; implementation='reference' is"
+        )
 
 
 # The same as operators of PyTorch's library, for compilers, exports and torch.func.

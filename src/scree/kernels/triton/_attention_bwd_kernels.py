@@ -13,12 +13,13 @@ from ._tiles_kernels import ABSENT
 
 @triton.jit
 def _scores(
-    s, lse, rows, cols, shift, col_count, left, right, scale, softcap,
+    s, lse, rows, at, shift, col_count, left, right, scale, softcap,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """From dot products: the probabilities, and the derivative of a score before the cap, over the scale.
 
-    `lse` is in base 2, +inf where a row sees nothing; rows and lse broadcast against s.
+    `lse` is in base 2, +inf where a row sees nothing, and broadcasts against s.
     """
     slope = s
     if SOFTCAP:
@@ -28,7 +29,8 @@ def _scores(
     else:
         p = tl.math.exp2(s * (scale * LOG2E) - lse)
     if MASKED:
-        p = tl.where(_visible(rows, cols, shift, col_count, left, right, HAS_LEFT, HAS_RIGHT), p, 0.0)
+        seen = _visible(rows, at, shift, col_count, left, right, s.shape[1], HAS_LEFT, HAS_RIGHT, BOUNDED)
+        p = tl.where(seen, p, 0.0)
     return p, slope
 
 
@@ -47,10 +49,9 @@ def _dq_blocks(
         v = _load_block(v_ptr, v_desc, at, k_length, stride_v_t, inner_v, BLOCK_N, D_V, BLOCK_D_V, TMA, MASKED)
         s = tl.dot(q, k.T, input_precision=PRECISION)
         dp = tl.dot(do, v.T, input_precision=PRECISION)
-        cols = at + tl.arange(0, BLOCK_N)
         p, slope = _scores(
-            s, lse[:, None], rows[:, None], cols[None, :], shift, k_length, left, right, scale, softcap,
-            HAS_LEFT, HAS_RIGHT, SOFTCAP, MASKED,
+            s, lse[:, None], rows, at, shift, k_length, left, right, scale, softcap,
+            HAS_LEFT, HAS_RIGHT, SOFTCAP, MASKED, True,
         )  # fmt: skip
         ds = p * (dp - delta[:, None])
         if SOFTCAP:
@@ -161,7 +162,6 @@ def _dkv_blocks(
     inner = tl.arange(0, BLOCK_D)
     inner_v = tl.arange(0, BLOCK_D_V)
     for at in tl.range(begin, end, BLOCK_M):
-        rows = at + tl.arange(0, BLOCK_M)
         q = _load_block(q_ptr, q_desc, at, q_length, stride_q_t, inner, BLOCK_M, D, BLOCK_D, TMA, MASKED)
         do = _load_block(do_ptr, do_desc, at, q_length, stride_do_t, inner_v, BLOCK_M, D_V, BLOCK_D_V, TMA, MASKED)
         aligned = at // BLOCK_ROWS * (2 * BLOCK_ROWS) + at % BLOCK_ROWS
@@ -172,10 +172,10 @@ def _dkv_blocks(
             lse = tl.load(rows_ptr + aligned + tl.arange(0, BLOCK_M))
             delta = tl.load(rows_ptr + aligned + BLOCK_ROWS + tl.arange(0, BLOCK_M))
         s = tl.dot(k, q.T, input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
-        # seen from the keys, the window lies the other way round
+        # seen from the keys, the window lies the other way round; rows beyond the last have an LSE of +inf
         p, slope = _scores(
-            s, lse[None, :], cols[:, None], rows[None, :], shift, q_length, right, left, scale, softcap,
-            HAS_RIGHT, HAS_LEFT, SOFTCAP, MASKED,
+            s, lse[None, :], cols, at, shift, q_length, right, left, scale, softcap,
+            HAS_RIGHT, HAS_LEFT, SOFTCAP, MASKED and (HAS_LEFT or HAS_RIGHT), False,
         )  # fmt: skip
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, do.T, input_precision=PRECISION)
@@ -263,11 +263,15 @@ def _attention_bwd_dkv_kernel(
                     all_end, end, shift, q_length, left, right, scale, softcap,
                     BLOCK_ROWS, BLOCK_M, D, BLOCK_D, D_V, BLOCK_D_V, HAS_LEFT, HAS_RIGHT, SOFTCAP, PRECISION, TMA, True,
                 )  # fmt: skip
+    # The tile is read again: what it says would otherwise fill registers all through the loops.
+    _, k_start, k_length, _, _, block, _ = _tile(tiles_ptr, index)
+    base = k_start + block.to(tl.int64) * BLOCK_N
+    there = block * BLOCK_N + local < k_length
     tl.store(
         dk_ptr + base * stride_dk_t + kv_head * stride_dk_h + local[:, None] * stride_dk_t + inner[None, :],
-        (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask,
+        (dk * scale).to(dk_ptr.dtype.element_ty), mask=there[:, None] & (inner < D)[None, :],
     )  # fmt: skip
     tl.store(
         dv_ptr + base * stride_dv_t + kv_head * stride_dv_h + local[:, None] * stride_dv_t + inner_v[None, :],
-        dv.to(dv_ptr.dtype.element_ty), mask=mask_v,
+        dv.to(dv_ptr.dtype.element_ty), mask=there[:, None] & (inner_v < D_V)[None, :],
     )  # fmt: skip

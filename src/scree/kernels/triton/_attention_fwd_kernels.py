@@ -37,15 +37,29 @@ def _tanh(x):
 
 
 @triton.jit
-def _visible(rows, cols, shift, col_count, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Which of the columns each row sees, its own place being ``row + shift``. Broadcasts rows against cols."""
-    place = rows + shift
-    seen = cols < col_count
+def _visible(
+    rows, at, shift, col_count, left, right,
+    STEP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Which of the columns `at` to ``at + STEP`` each row sees, its own place being ``row + shift``: (rows, STEP).
+
+    Without BOUNDED the columns from `col_count` on are not looked at.
+    """
+    cols = tl.arange(0, STEP)[None, :]
     if HAS_RIGHT:
-        seen = seen & (cols - place <= right)
+        high = rows + (shift + right + 1)
+        if BOUNDED:
+            high = tl.minimum(high, col_count)
+        seen = cols < (high - at)[:, None]
+        if HAS_LEFT:
+            seen = seen & (cols >= (rows + (shift - left) - at)[:, None])
+        return seen
     if HAS_LEFT:
-        seen = seen & (place - cols <= left)
-    return seen
+        seen = cols >= (rows + (shift - left) - at)[:, None]
+        if BOUNDED:
+            seen = seen & (cols < col_count - at)
+        return seen
+    return (cols < col_count - at) & (rows == rows)[:, None]
 
 
 @triton.jit
@@ -112,8 +126,7 @@ def _fwd_blocks(
         elif SCALED:
             s = s * (scale * LOG2E)
         if MASKED:
-            cols = at + tl.arange(0, BLOCK_N)
-            seen = _visible(rows[:, None], cols[None, :], shift, k_length, left, right, HAS_LEFT, HAS_RIGHT)
+            seen = _visible(rows, at, shift, k_length, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT, True)
             s = tl.where(seen, s, float("-inf"))
         if SOFTCAP or SCALED:
             new_top = tl.maximum(top, tl.max(s, 1))

@@ -10,7 +10,7 @@ import triton
 from . import _hopper, _tiles
 from ._attention_bwd_kernels import _attention_bwd_dkv_kernel, _attention_bwd_dq_kernel
 from ._attention_fwd_kernels import _attention_fwd_kernel
-from ._launch import INTERPRETED, Launcher, capability, device_number, processors
+from ._launch import INTERPRETED, Launcher, capability, device_number, processors, shared_memory
 from ._tiles import Kept
 
 WIDEST = 256
@@ -120,10 +120,24 @@ _SINGLE = {
 }
 
 
-def tiles_for(kernel: str, width: int, itemsize: int, short: bool) -> Tiles:
-    """The tiles of a kernel for head dims up to `width`."""
+def tiles_for(kernel: str, width: int, itemsize: int, short: bool, shared: int) -> Tiles:
+    """The tiles of a kernel for head dims up to `width`, cut down to `shared` bytes of shared memory a program."""
     table = (_HALF if itemsize == 2 else _SINGLE)[kernel]
-    return next(pair[short] for widest, pair in table if width <= widest)
+    tiles = next(pair[short] for widest, pair in table if width <= widest)
+    head = max(16, triton.next_power_of_2(width)) * itemsize  # bytes
+    held = head if kernel == "fwd" else 2 * head  # q; or q and do, or k and v
+    while tiles.rows * held + tiles.stages * tiles.step * 2 * head > shared:
+        if tiles.stages > 1:
+            tiles = tiles._replace(stages=tiles.stages - 1)
+        elif tiles.rows > 64:
+            tiles = tiles._replace(rows=tiles.rows // 2, warps=tiles.warps // 2)
+        elif tiles.step > 16:
+            tiles = tiles._replace(step=tiles.step // 2)
+        elif tiles.rows > 16:
+            tiles = tiles._replace(rows=tiles.rows // 2)
+        else:
+            break
+    return tiles
 
 
 class _Facts(NamedTuple):
@@ -169,7 +183,8 @@ def _launcher(kernel: str, facts: _Facts) -> tuple[Launcher, Tiles]:
     if found is not None:
         return found
     width, itemsize, short = max(facts.head_dim, facts.v_dim), facts.dtype.itemsize, facts.regime == SHORT
-    tiles = tiles_for(kernel, width, itemsize, short)
+    shared = shared_memory(facts.device)
+    tiles = tiles_for(kernel, width, itemsize, short, shared)
     group = facts.heads // facts.kv_heads
     programs, together = (facts.kv_heads, 1) if kernel == "dkv" else (facts.heads, group)
     constants: dict[str, Any] = {
@@ -190,12 +205,14 @@ def _launcher(kernel: str, facts: _Facts) -> tuple[Launcher, Tiles]:
     elif kernel == "dq":
         constants |= {"DLSE": facts.extra is not None}
     else:
-        constants |= {"BLOCK_ROWS": tiles_for("dq", width, itemsize, short).rows}
+        constants |= {"BLOCK_ROWS": tiles_for("dq", width, itemsize, short, shared).rows}
     tma = facts.tma and tiles.tma
     constants |= {"PRECISION": "ieee", "TMA": tma, "WHOLE": tiles.whole}
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     if not INTERPRETED:
-        options |= {"enable_fp_fusion": True, "maxnreg": tiles.registers}
+        options["enable_fp_fusion"] = True
+        if tiles.registers is not None and capability(facts.device) >= (8, 0):
+            options["maxnreg"] = tiles.registers
     made = Launcher(_KERNELS[kernel], facts.device, constants, workspace=tma, **options), tiles
     _LAUNCHERS[(kernel, facts)] = made
     return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Any
 
 import torch
@@ -101,6 +103,34 @@ def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
+def capture_number(device: int) -> int | None:
+    """0 outside of the capture of a CUDA graph, else the driver's number of the capture; None where it tells none."""
+    if INTERPRETED or not torch.cuda.is_current_stream_capturing():
+        return 0
+    ask = _capture_info()
+    if ask is None:
+        return None
+    status, number = ctypes.c_int(), ctypes.c_ulonglong()
+    failed = ask(ctypes.c_void_p(current_stream(device)), ctypes.byref(status), ctypes.byref(number), None, None, None)
+    return None if failed or not number.value else number.value
+
+
+_CAPTURE_INFO: list[Any] = []
+
+
+def _capture_info() -> Any:
+    """The driver's cuStreamGetCaptureInfo, or None where there is no such thing (AMD)."""
+    if not _CAPTURE_INFO:
+        found = None
+        if torch.version.cuda is not None:
+            try:
+                found = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuStreamGetCaptureInfo_v2
+            except (OSError, AttributeError):
+                found = None
+        _CAPTURE_INFO.append(found)
+    return _CAPTURE_INFO[0]
+
+
 def device_number(x: torch.Tensor) -> int:
     """The number of a tensor's CUDA device; -1 on the CPU, where the interpreter runs."""
     return x.get_device()
@@ -111,11 +141,22 @@ _PROCESSORS: dict[int, int] = {}
 
 
 def capability(device: int) -> tuple[int, int]:
-    """The compute capability of a device, (9, 0) for Hopper; that of Hopper too where the interpreter runs."""
+    """The compute capability of a device, (9, 0) for Hopper; (0, 0) for AMD, Hopper's where the interpreter runs."""
     found = _CAPABILITIES.get(device)
     if found is None:
-        found = _CAPABILITIES[device] = (9, 0) if INTERPRETED else torch.cuda.get_device_capability(device)
+        amd = torch.version.hip is not None
+        found = (9, 0) if INTERPRETED else (0, 0) if amd else torch.cuda.get_device_capability(device)
+        _CAPABILITIES[device] = found
     return found
+
+
+# CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"; AMD's local data share
+_SHARED_KIB = {(0, 0): 64, (8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
+
+
+def shared_memory(device: int) -> int:
+    """How many bytes of shared memory one program may have; 99 KiB on what is not known to have more."""
+    return _SHARED_KIB.get(capability(device), 99) * 1024
 
 
 def processors(device: int) -> int:

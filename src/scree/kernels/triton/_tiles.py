@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._launch import INTERPRETED, Launcher, current_stream, device_number
+from ._launch import INTERPRETED, Launcher, capture_number, current_stream, device_number
 from ._tiles_kernels import _count_tiles_kernel, _place_tiles_kernel
 
 FIELDS = 8
@@ -95,8 +95,7 @@ def of(
 ) -> TileMap:
     """Return the map that is kept with the offsets, or build it and keep it.
 
-    Nothing is kept while a CUDA graph is captured: the graph has to build the map again from the offsets of each
-    replay. A map is used on the stream that built it only, and not again once the offsets were written to.
+    A map is used on the stream that built it only, and not again once the offsets were written to.
     """
     key = (total, other_total, block, left, right)
     found: TileMap | None = recall(kept, key, offsets, other)
@@ -114,7 +113,16 @@ class _Entry(NamedTuple):
 
 
 def _key(facts: Any, offsets: torch.Tensor, other: torch.Tensor) -> Any:
-    return facts, 0 if INTERPRETED else current_stream(offsets.get_device()), 0 if other is offsets else id(other)
+    """Under what to keep something; None where it cannot be kept.
+
+    What is worked out while a CUDA graph is captured is worked out again by every replay, from the offsets of then: it
+    may serve the rest of that capture, and nothing else.
+    """
+    device = offsets.get_device()
+    capture = capture_number(device)
+    if capture is None:
+        return None
+    return facts, capture, 0 if INTERPRETED else current_stream(device), 0 if other is offsets else id(other)
 
 
 def recall(kept: Kept | None, facts: Any, offsets: torch.Tensor, other: torch.Tensor) -> Any:
@@ -122,7 +130,7 @@ def recall(kept: Kept | None, facts: Any, offsets: torch.Tensor, other: torch.Te
     if kept is None:
         return None
     entry: _Entry | None = kept.get(_key(facts, offsets, other))
-    if entry is None or entry.version != _version(offsets) or is_captured():
+    if entry is None or entry.version != _version(offsets):
         return None
     if entry.other is None or (entry.other() is other and entry.other_version == _version(other)):
         return entry.value
@@ -130,20 +138,14 @@ def recall(kept: Kept | None, facts: Any, offsets: torch.Tensor, other: torch.Te
 
 
 def keep(kept: Kept | None, facts: Any, offsets: torch.Tensor, other: torch.Tensor, value: Any) -> None:
-    """Keep what was worked out from two offsets; not while a CUDA graph is captured."""
-    if kept is None or is_captured():
+    """Keep what was worked out from two offsets."""
+    key = None if kept is None else _key(facts, offsets, other)
+    if kept is None or key is None:
         return
     if len(kept) >= _MOST_KEPT:  # shapes that change at every call with the same offsets
         kept.clear()
     same = other is offsets
-    kept[_key(facts, offsets, other)] = _Entry(
-        value, _version(offsets), None if same else weakref.ref(other), _version(other)
-    )
-
-
-def is_captured() -> bool:
-    """Whether launches are recorded in a CUDA graph instead of run."""
-    return not INTERPRETED and torch.cuda.is_current_stream_capturing()
+    kept[key] = _Entry(value, _version(offsets), None if same else weakref.ref(other), _version(other))
 
 
 def _version(x: torch.Tensor) -> int:
