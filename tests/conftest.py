@@ -80,8 +80,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "no_poison: fresh memory is left as the framework gives it")
     if os.environ.get("TRITON_INTERPRET") == "1":
         _interpret_triton()
-        # the interpreter's own
+        # The interpreter's own: what a kernel computes beside the mask is NumPy's to warn of.
         config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning")
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     reasons = _missing_required()
     if reasons:
         raise pytest.UsageError("SCREE_REQUIRE names what cannot be imported: " + "; ".join(reasons))

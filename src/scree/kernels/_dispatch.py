@@ -48,15 +48,16 @@ def _triton(*dtypes: str) -> Impl:
 
 _HALVES_AND_SINGLE = ("float16", "bfloat16", "float32")
 _FLOATING = (*_HALVES_AND_SINGLE, "float64")
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8")
 
 # op -> implementations, the best one first
 TABLE: dict[str, tuple[Impl, ...]] = {
     "varlen_attention": (_triton(*_HALVES_AND_SINGLE), _REFERENCE),
     "varlen_layernorm": (_triton(*_FLOATING), _REFERENCE),
-    "varlen_reduce": (_REFERENCE,),
+    "varlen_reduce": (_triton(*_FLOATING, *_INTEGERS, "bool"), _REFERENCE),
     "varlen_rmsnorm": (_triton(*_FLOATING), _REFERENCE),
-    "varlen_rope": (_REFERENCE,),
-    "varlen_softmax": (_REFERENCE,),
+    "varlen_rope": (_triton(*_FLOATING), _REFERENCE),
+    "varlen_softmax": (_triton(*_FLOATING), _REFERENCE),
 }
 
 

@@ -22,15 +22,21 @@ __all__ = [
     "varlen_attention",
     "varlen_layernorm",
     "varlen_layernorm_triton",
+    "varlen_reduce",
     "varlen_rmsnorm",
     "varlen_rmsnorm_triton",
+    "varlen_rope",
+    "varlen_softmax",
 ]
 
 # op -> the module here that launches its kernels
 _HOSTS = {
     "varlen_attention": "_attention",
     "varlen_layernorm": "_norm",
+    "varlen_reduce": "_segments",
     "varlen_rmsnorm": "_norm",
+    "varlen_rope": "_rope",
+    "varlen_softmax": "_segments",
 }
 
 _LOADED: dict[str, Any] = {}
@@ -159,6 +165,21 @@ def varlen_rmsnorm_triton(x: torch.Tensor, weight: torch.Tensor | None = None, e
         Contiguous, in the dtype of `x`; differentiable in `x` and `weight`, once.
     """
     return _host("varlen_rmsnorm").varlen_rmsnorm_triton(x, weight, eps)
+
+
+def varlen_reduce(arr: Array, op: str) -> torch.Tensor:
+    """Compute `scree.kernels.varlen_reduce`."""
+    return _host("varlen_reduce").varlen_reduce(arr, op)
+
+
+def varlen_rope(arr: Array, cos: torch.Tensor, sin: torch.Tensor, **options: Any) -> Array:
+    """Compute `scree.kernels.varlen_rope`."""
+    return _host("varlen_rope").varlen_rope(arr, cos, sin, **options)
+
+
+def varlen_softmax(arr: Array) -> Array:
+    """Compute `scree.kernels.varlen_softmax`."""
+    return _host("varlen_softmax").varlen_softmax(arr)
 
 
 def why_not(op: str, *args: Any, **options: Any) -> str | None:

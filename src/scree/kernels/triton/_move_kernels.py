@@ -23,7 +23,7 @@ def _pad_fwd_kernel(
     offsets_ptr,
     y_ptr,
     mask_ptr,
-    tiles: "i64",
+    tiles: "i32",
     rows: "i64",
     total: "i64",
     width: "i64",
@@ -40,9 +40,9 @@ def _pad_fwd_kernel(
     PLACES: tl.constexpr,
 ):
     """Tiles of the padded rows, and with them PLACES of the mask."""
-    pid = tl.program_id(0).to(tl.int64)
-    row = (pid // tiles) * ROWS + tl.arange(0, ROWS)
-    tile = pid % tiles
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tile = (pid % tiles).to(tl.int64)
     there = row < rows
     start, stop = _bounds(offsets_ptr, row, there, total)
     first = start
@@ -72,7 +72,7 @@ def _pad_bwd_kernel(
     dy_ptr,
     offsets_ptr,
     dx_ptr,
-    tiles: "i64",
+    tiles: "i32",
     rows: "i64",
     total: "i64",
     width: "i64",
@@ -83,14 +83,14 @@ def _pad_bwd_kernel(
     BLOCK: tl.constexpr,
 ):
     """The same tiles the other way; a sequence that was too long gets 0."""
-    pid = tl.program_id(0).to(tl.int64)
-    row = (pid // tiles) * ROWS + tl.arange(0, ROWS)
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     start, stop = _bounds(offsets_ptr, row, there, total)
     first = start
     if LEFT:
         first = stop - width
-    at = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
+    at = (pid % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     target = first[:, None] * F + at[None, :]
     valid = (target >= start[:, None] * F) & (target < stop[:, None] * F) & (at < width * F)[None, :]
     reads = valid
@@ -140,7 +140,7 @@ def _unpad_fwd_kernel(
     rank_ptr,
     offsets_ptr,
     y_ptr,
-    columns: "i64",
+    columns: "i32",
     places: "i64",
     width: "i64",
     F: tl.constexpr,
@@ -148,8 +148,8 @@ def _unpad_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     """Tiles of padded places, each token to where its row begins plus its rank."""
-    pid = tl.program_id(0).to(tl.int64)
-    place = (pid // columns) * ROWS + tl.arange(0, ROWS)
+    pid = tl.program_id(0)
+    place = (pid // columns).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = (pid % columns) * BLOCK + tl.arange(0, BLOCK)
     rank = tl.load(rank_ptr + place, mask=place < places, other=-1)
     keep = rank >= 0
@@ -165,15 +165,15 @@ def _unpad_bwd_kernel(
     rank_ptr,
     offsets_ptr,
     dx_ptr,
-    columns: "i64",
+    columns: "i32",
     places: "i64",
     width: "i64",
     F: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    place = (pid // columns) * ROWS + tl.arange(0, ROWS)
+    pid = tl.program_id(0)
+    place = (pid // columns).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = (pid % columns) * BLOCK + tl.arange(0, BLOCK)
     rank = tl.load(rank_ptr + place, mask=place < places, other=-1)
     keep = rank >= 0
@@ -189,20 +189,20 @@ def _rows_fwd_kernel(
     starts_ptr,
     offsets_ptr,
     y_ptr,
-    tiles: "i64",
+    tiles: "i32",
     rows: "i64",
     F: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Row i of the result: the run of the source that begins at its start."""
-    pid = tl.program_id(0).to(tl.int64)
-    row = (pid // tiles) * ROWS + tl.arange(0, ROWS)
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     source = tl.load(starts_ptr + row, mask=there, other=0)
     target = tl.load(offsets_ptr + row, mask=there, other=0)
     length = tl.load(offsets_ptr + row + 1, mask=there, other=0) - target
-    at = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
+    at = (pid % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at[None, :] < length[:, None] * F
     x = tl.load(x_ptr + source[:, None] * F + at[None, :], mask=mask)
     tl.store(y_ptr + target[:, None] * F + at[None, :], x, mask=mask)
@@ -216,16 +216,16 @@ def _rows_bwd_kernel(
     lists_ptr,
     places_ptr,
     dx_ptr,
-    tiles: "i64",
+    tiles: "i32",
     rows: "i64",
     F: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The gradient of a row of the source: the sum over the rows that were made of it, in their order."""
-    pid = tl.program_id(0).to(tl.int64)
-    row = pid // tiles
-    at = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64)
+    at = (pid % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < tl.load(lengths_ptr + row) * F
     total = tl.zeros((BLOCK,), ACC)
     for i in range(tl.load(lists_ptr + row), tl.load(lists_ptr + row + 1)):

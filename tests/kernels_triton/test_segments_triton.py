@@ -1,0 +1,181 @@
+"""Softmax and reductions by kernels: sequences of several chunks, hostile offsets, compilers."""
+
+import numpy as np
+import pytest
+
+import oracle
+import scree
+from cases import normal
+from expect import assert_close, assert_same_bits
+from scree import kernels
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # of PyTorch's compiler
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the oracle's, of infinities
+]
+torch = pytest.importorskip("torch")
+REDUCTIONS = ("sum", "mean", "max", "min", "logsumexp")
+LENGTHS = (5, 0, 16, 17, 40, 1, 2, 33, 3, 64, 9)
+
+
+@pytest.fixture(params=["short and chunks", "chunks only"])
+def small_tiles(device, monkeypatch, request):
+    """Cut sequences into chunks of 16 tokens, so that some have several."""
+    import scree.kernels
+
+    scree.kernels.triton._load()
+    from scree.kernels.triton import _segment_launch
+
+    monkeypatch.setattr(_segment_launch, "_PLANS", {})
+    short = 4 if request.param == "short and chunks" else 0
+    monkeypatch.setattr(_segment_launch, "tiles", lambda inner: (2, 16, short, 2))
+
+
+def array(device, features=(3,), dtype=torch.float64, lengths=LENGTHS, known=True, seed=0):
+    offsets = torch.tensor(oracle.offsets_of(lengths), dtype=torch.int32, device=device)
+    arr = scree.Array(torch.from_numpy(normal((sum(lengths), *features), seed)).to(device, dtype), offsets)
+    return arr if known else arr._make(arr.values, offsets, 0, type(arr._structure)())
+
+
+def softmax(arr):
+    return kernels.varlen_softmax(arr, implementation="triton").values
+
+
+def reduce(arr, how):
+    return kernels.varlen_reduce(arr, how, implementation="triton")
+
+
+@pytest.mark.parametrize("features", [(), (3,)])
+@pytest.mark.parametrize("known", [True, False])
+def test_several_chunks(device, small_tiles, features, known):
+    arr = array(device, features, known=known)
+    x, offsets = arr.values.cpu().numpy(), arr.offsets.tolist()
+    assert_close(softmax(arr).cpu(), oracle.softmax(x, offsets), "float64", scale=10)
+    for how in REDUCTIONS:
+        assert_close(reduce(arr, how).cpu(), oracle.reduce(x, offsets, how), "float64", scale=10)
+
+
+@pytest.mark.parametrize("how", ["softmax", *REDUCTIONS])
+def test_gradients_of_several_chunks(device, small_tiles, how):
+    arr = array(device, (2,), lengths=(3, 40, 1, 17))
+    x = arr.values.clone().round(decimals=1).requires_grad_()  # with ties
+    reference = {"implementation": "reference"}
+
+    def call(x, **options):
+        a = arr.with_values(x)
+        return (
+            kernels.varlen_softmax(a, **options).values
+            if how == "softmax"
+            else kernels.varlen_reduce(a, how, **options)
+        )
+
+    got, want = call(x, implementation="triton"), call(x, **reference)
+    dy = torch.from_numpy(normal(tuple(want.shape), 1)).to(device)
+    (dx,), (dx_want,) = torch.autograd.grad(got, x, dy), torch.autograd.grad(want, x, dy)
+    assert_close(dx.cpu(), dx_want.cpu(), "float64", scale=10)
+
+
+@pytest.mark.parametrize("how", ["softmax", *REDUCTIONS])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_special_values_in_several_chunks(device, small_tiles, how, bad):
+    arr = array(device, ())
+    host = arr.values.cpu().numpy()
+    begin = int(arr.offsets[4])
+    clean = softmax(arr) if how == "softmax" else reduce(arr, how)
+    for places in ([begin + 20], [*range(begin, begin + 16)], [*range(begin, begin + 40)]):
+        x = host.copy()
+        x[places] = bad
+        a = arr.with_values(torch.from_numpy(x).to(device))
+        got = (softmax(a) if how == "softmax" else reduce(a, how)).cpu().numpy()
+        want = (
+            kernels.varlen_softmax(a, implementation="reference").values
+            if how == "softmax"
+            else kernels.varlen_reduce(a, how, implementation="reference")
+        )
+        assert_close(got, want.cpu(), "float64", scale=10)
+        others = (
+            [*range(begin), *range(begin + 40, len(x))] if how == "softmax" else [0, 1, 2, 3, *range(5, len(LENGTHS))]
+        )
+        assert_same_bits(got[others], clean.cpu().numpy()[others])
+
+
+def test_a_row_alone_has_the_same_bits(device, small_tiles):
+    for known in (True, False):
+        arr = array(device, (3,), torch.float32, known=known)
+        together, again = softmax(arr), softmax(arr)
+        assert torch.equal(together, again)
+        sums = {how: reduce(arr, how) for how in REDUCTIONS}
+        offsets = arr.offsets.tolist()
+        for row, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
+            alone = scree.Array(arr.values[a:b], torch.tensor([0, b - a], device=device))
+            assert torch.equal(softmax(alone), together[a:b])
+            for how in REDUCTIONS:
+                assert_same_bits(reduce(alone, how)[0].cpu().numpy(), sums[how][row].cpu().numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_integers_in_several_chunks(device, small_tiles, dtype):
+    arr = array(device, (3,))
+    x = (arr.values * 20).round().to(dtype)
+    for how in ("max", "min") if dtype == torch.bool else ("sum", "max", "min"):
+        want = kernels.varlen_reduce(arr.with_values(x), how, implementation="reference")
+        assert torch.equal(reduce(arr.with_values(x), how), want)
+
+
+@pytest.mark.parametrize("ragged_dim", [1, 2])
+def test_another_ragged_dim(device, small_tiles, ragged_dim):
+    arr = array(device, (2, 3), torch.float32)
+    moved = scree.Array(arr.values.movedim(0, ragged_dim).contiguous(), arr.offsets, ragged_dim)
+    assert_close(softmax(moved).movedim(ragged_dim, 0).cpu(), softmax(arr).cpu(), "float32")
+    for how in REDUCTIONS:
+        assert_close(reduce(moved, how).cpu(), reduce(arr, how).cpu(), "float32")
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 1000], [0, -5, 7], [9, 5, 2], [-(2**40), 2**40, 3], [60, 60, 60]])
+def test_no_offsets_lead_outside(device, small_tiles, offsets):
+    x = torch.from_numpy(normal((60, 3), 0)).to(device).requires_grad_()
+    arr = array(device)._make(x, torch.tensor(offsets, device=device), 0, type(array(device)._structure)(spare=True))
+    y = softmax(arr)
+    y.sum().backward()
+    for how in REDUCTIONS:
+        reduce(arr, how)
+    beyond = min(max(offsets[-1], 0), 60)
+    if offsets == [0, 3, 1000]:
+        assert not y.isnan().any()
+    assert beyond == 60 or offsets[-1] < max(offsets) or not y[beyond:].any()
+
+
+@pytest.mark.parametrize("how", [0, 1, 5])
+def test_operators(device, how):
+    arr = array(device, (2,), torch.float32, (3, 0, 4))
+    softmax(arr)  # loads the operators
+    torch.library.opcheck(torch.ops.scree.segments_fwd, (how, arr.values.requires_grad_(), arr.offsets, 0))
+
+
+def test_compiled(device):
+    torch._dynamo.reset()
+    arr = array(device, (2,), torch.float32, (3, 0, 4))
+
+    def step(values):
+        a = scree.Array(values, arr.offsets)
+        return softmax(a), reduce(a, "logsumexp"), reduce(a, "sum")
+
+    results = []
+    for fn in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        x = arr.values.clone().requires_grad_()
+        outputs = fn(x)
+        results.append([*outputs, *torch.autograd.grad([o[[0, 2]].sum() for o in outputs], x)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_transformations(device):
+    arr = array(device, (2,), torch.float32, (3, 1, 4))
+
+    def loss(x):
+        a = arr.with_values(x)
+        return (kernels.varlen_softmax(a).values.square().sum() + kernels.varlen_reduce(a, "logsumexp").sum()) * 2
+
+    x = arr.values.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(arr.values), torch.autograd.grad(loss(x), x)[0])
