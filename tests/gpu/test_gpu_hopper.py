@@ -123,7 +123,7 @@ def test_heads_before_tokens():
 
 def test_spare_rows_get_zeros():
     arr = batch(EDGES, (2, 128), torch.bfloat16)
-    roomy = scree.with_capacity(arr, sum(EDGES) + 300)
+    roomy = scree.with_capacity(arr, len(EDGES) + 2, sum(EDGES) + 300)
     values = roomy.values.clone()
     values[sum(EDGES) :] = float("nan")
     roomy = roomy.with_values(values)

@@ -12,14 +12,15 @@ torch = pytest.importorskip("torch")
 
 SHARED_MEMORY = 227 * 1024  # of a program, on sm_90
 
-CASES = {
-    "causal": {"HAS_RIGHT": True},
-    "full": {},
-    "window": {"HAS_LEFT": True, "HAS_RIGHT": True},
-    "softcap and sinks": {"HAS_RIGHT": True, "SOFTCAP": True, "SINKS": True},
-    "without the LSE": {"LSE": False},
-    "negative scale": {"SCALED": True},
-}
+CASES = (
+    (64, "fp16", {"HAS_RIGHT": True}),
+    (64, "bf16", {"HAS_RIGHT": True, "SOFTCAP": True, "SINKS": True}),
+    (64, "fp16", {"HAS_LEFT": True, "HAS_RIGHT": True}),
+    (128, "bf16", {"HAS_RIGHT": True}),
+    (128, "fp16", {}),
+    (128, "bf16", {"HAS_LEFT": True, "HAS_RIGHT": True}),
+    (128, "bf16", {"SCALED": True, "LSE": False}),
+)
 
 
 @pytest.fixture
@@ -65,16 +66,14 @@ def assembly(monkeypatch, tmp_path):
     return compiled
 
 
-@pytest.mark.parametrize("flags", CASES.values(), ids=CASES)
-@pytest.mark.parametrize(("width", "dtype"), [(64, "fp16"), (128, "bf16")])
+@pytest.mark.parametrize(("width", "dtype", "flags"), CASES, ids=str)
 def test_the_machine_code(assembly, capfd, width, dtype, flags):
     code, shared = assembly(width, dtype, flags)
     assert shared <= SHARED_MEMORY
     for wanted in ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"):
         assert wanted in code
+    # A left window's kernel keeps a few numbers in memory that do not change in its loops: a debt.
     spills = len(re.findall(r"\bSTL\b", code))
-    assert spills <= (8 if flags.get("HAS_LEFT") else 0), (
-        "registers spill; of a left window's kernel, before the loops only"
-    )
+    assert spills <= (8 if flags.get("HAS_LEFT") else 0), "registers spill"
     assert not re.search(r"\bHMMA\b", code)
     assert "serialized" not in "".join(capfd.readouterr())

@@ -216,7 +216,7 @@ def _multiply(
             for at in range(gl.minimum(last, all_begin) - BLOCK_N, begin - 1, -BLOCK_N):
                 o, p, top, total = _step(
                     o, p, top, total, q, k_sm, v_sm, k_full, k_empty, v_full, v_empty, count, at, low, high,
-                    scale, softcap, True, False, SOFTCAP, SCALED,
+                    scale, softcap, True, HAS_RIGHT, SOFTCAP, SCALED,
                     GROUP, BLOCK_N, D, D_V, STAGES, o_layout, p_layout, s_layout,
                 )  # fmt: skip
                 count += 1
