@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import triton
 
-from ..._backends.torch import is_traced
+from ..._backends.torch import PLAIN, is_recorded
 
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # a PyTorch without CUDA has none
 
@@ -130,4 +130,6 @@ def refuse_device(op: str, name: str, x: torch.Tensor) -> None:
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:
     """Whether no compiler or transformation looks on, so that a kernel may be launched rather than recorded."""
-    return not any(x is not None and is_traced(x) for x in tensors)
+    if torch.compiler.is_compiling() or is_recorded() or torch._C._are_functorch_transforms_active():
+        return False  # under a transformation even fresh memory is wrapped
+    return all(x is None or type(x) in PLAIN for x in tensors)

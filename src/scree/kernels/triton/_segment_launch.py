@@ -145,7 +145,7 @@ def forward(op: int, x: torch.Tensor, offsets: torch.Tensor, ragged_dim: int, le
     out = _integers(y)
     if plan.short_size and lengths.shortest <= plan.short_size:
         plan.short((columns * -(-rows // plan.rows), 1, 1), (x, offsets, out), scalars)
-    if lengths.longest <= plan.short_size and (lengths.covered or op != 0):
+    if plan.short_size and lengths.longest <= plan.short_size and (lengths.covered or op != 0):
         return y
     slots = shape.total // plan.chunk_size + rows + 1
     long = lengths.longest > plan.chunk_size
