@@ -16,7 +16,7 @@ pytestmark = [
 ]
 torch = pytest.importorskip("torch")
 REDUCTIONS = ("sum", "mean", "max", "min", "logsumexp")
-LENGTHS = (5, 0, 16, 17, 40, 1, 2, 33, 3, 64, 9)
+LENGTHS = (5, 0, 16, 40, 1, 17)
 
 
 @pytest.fixture(params=["short and chunks", "chunks only"])
@@ -29,7 +29,7 @@ def small_tiles(device, monkeypatch, request):
 
     monkeypatch.setattr(_segment_launch, "_PLANS", {})
     short = 4 if request.param == "short and chunks" else 0
-    monkeypatch.setattr(_segment_launch, "tiles", lambda inner: (2, 16, short, 2))
+    monkeypatch.setattr(_segment_launch, "tiles", lambda inner: (4, 16, short, 2))
 
 
 def array(device, features=(3,), dtype=torch.float64, lengths=LENGTHS, known=True, seed=0):
@@ -46,8 +46,7 @@ def reduce(arr, how):
     return kernels.varlen_reduce(arr, how, implementation="triton")
 
 
-@pytest.mark.parametrize("features", [(), (3,)])
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(("features", "known"), [((), True), ((6,), False)])
 def test_several_chunks(device, small_tiles, features, known):
     arr = array(device, features, known=known)
     x, offsets = arr.values.cpu().numpy(), arr.offsets.tolist()
@@ -76,14 +75,14 @@ def test_gradients_of_several_chunks(device, small_tiles, how):
     assert_close(dx.cpu(), dx_want.cpu(), "float64", scale=10)
 
 
-@pytest.mark.parametrize("how", ["softmax", *REDUCTIONS])
+@pytest.mark.parametrize("how", ["softmax", "max", "logsumexp"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_special_values_in_several_chunks(device, small_tiles, how, bad):
     arr = array(device, ())
     host = arr.values.cpu().numpy()
-    begin = int(arr.offsets[4])
+    begin = int(arr.offsets[3])
     clean = softmax(arr) if how == "softmax" else reduce(arr, how)
-    for places in ([begin + 20], [*range(begin, begin + 16)], [*range(begin, begin + 40)]):
+    for places in ([*range(begin, begin + 16)], [*range(begin, begin + 40)]):
         x = host.copy()
         x[places] = bad
         a = arr.with_values(torch.from_numpy(x).to(device))
@@ -94,23 +93,21 @@ def test_special_values_in_several_chunks(device, small_tiles, how, bad):
             else kernels.varlen_reduce(a, how, implementation="reference")
         )
         assert_close(got, want.cpu(), "float64", scale=10)
-        others = (
-            [*range(begin), *range(begin + 40, len(x))] if how == "softmax" else [0, 1, 2, 3, *range(5, len(LENGTHS))]
-        )
+        others = [*range(begin), *range(begin + 40, len(x))] if how == "softmax" else [0, 1, 2, 4, 5]
         assert_same_bits(got[others], clean.cpu().numpy()[others])
 
 
 def test_a_row_alone_has_the_same_bits(device, small_tiles):
     for known in (True, False):
-        arr = array(device, (3,), torch.float32, known=known)
+        arr = array(device, (1,), torch.float32, known=known)
         together, again = softmax(arr), softmax(arr)
         assert torch.equal(together, again)
-        sums = {how: reduce(arr, how) for how in REDUCTIONS}
+        sums = {how: reduce(arr, how) for how in ("sum", "logsumexp")}
         offsets = arr.offsets.tolist()
         for row, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
             alone = scree.Array(arr.values[a:b], torch.tensor([0, b - a], device=device))
             assert torch.equal(softmax(alone), together[a:b])
-            for how in REDUCTIONS:
+            for how in sums:
                 assert_same_bits(reduce(alone, how)[0].cpu().numpy(), sums[how][row].cpu().numpy())
 
 

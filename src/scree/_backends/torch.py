@@ -26,7 +26,7 @@ _NUMPY_LACKS = frozenset(
     for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
     if hasattr(torch, name)
 )
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def why_not_dense(x: Dense) -> str | None:
@@ -84,7 +84,7 @@ def _room_for(first: Dense, length: int, axis: int) -> Dense | None:
     size = first.dtype.itemsize * length
     for i, n in enumerate(first.shape):
         size *= 1 if i == axis else n
-    if size < _NUMPY_ALLOCATES_FROM or first.device.type != "cpu" or type(first) not in _PLAIN or is_recorded():
+    if size < _NUMPY_ALLOCATES_FROM or first.device.type != "cpu" or type(first) not in PLAIN or is_recorded():
         return None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
@@ -198,7 +198,7 @@ def pin_memory(x: Dense) -> Dense:
 
 
 def is_traced(x: Dense) -> bool:
-    return torch.compiler.is_compiling() or type(x) not in _PLAIN or _is_wrapped(x) or is_recorded()
+    return torch.compiler.is_compiling() or type(x) not in PLAIN or _is_wrapped(x) or is_recorded()
 
 
 def _is_wrapped(x: Dense) -> bool:
@@ -219,7 +219,7 @@ def to_host(x: Dense) -> HostArray:
 
 
 def host_view(x: Dense) -> HostArray | None:
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.device.type != "cpu" or x.layout != torch.strided:
+    if torch.compiler.is_compiling() or type(x) not in PLAIN or x.device.type != "cpu" or x.layout != torch.strided:
         return None
     if (x.requires_grad and torch.is_grad_enabled()) or _is_wrapped(x) or is_recorded() or _is_dual(x):
         return None
