@@ -50,7 +50,7 @@ def plan(
     with_lse: bool,
 ) -> tuple[Launcher, int] | None:
     """The launcher of this call's kernel, and how many rows its tiles have; None if no kernel here serves the call."""
-    if INTERPRETED or why_not(q, k, v, batch) is not None:
+    if INTERPRETED or why_not(q, k, v, options, batch) is not None:
         return None
     device, config = device_number(q), CONFIGS[q.shape[2]]
     odd = [(stride % 16, stride == 1) for x in (q, k, v) for stride in x.stride()[:2]]
@@ -65,7 +65,7 @@ def plan(
     return launch, _ROWS
 
 
-def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int) -> str | None:
+def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, batch: int) -> str | None:
     """Say what speaks against the kernel for Hopper: a reason for the portable one."""
     if capability(device_number(q)) != (9, 0):
         return "its instructions are those of sm_90"
@@ -75,6 +75,10 @@ def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int) -> st
         return f"it multiplies 16-bit numbers, not {q.dtype}"
     if q.shape[2] != v.shape[2] or q.shape[2] not in CONFIGS:
         return f"it has head dims {list(CONFIGS)}, the same of q and v, not {q.shape[2]} and {v.shape[2]}"
+    if options.left >= 0:
+        return "windows with a limit to the left are the portable kernel's"
+    if q.shape[0] == 0 or k.shape[0] == 0:
+        return "there is no memory for the copy engine to look at"
     if not (_reaches(q) and _reaches(k) and _reaches(v)):
         return "the copy engine needs rows at multiples of 16 bytes, and 32 bits to count them and the places in them"
     if (q.shape[0] // _ROWS + batch + 1) * q.shape[1] >= _MOST_TILES:
