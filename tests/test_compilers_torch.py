@@ -222,6 +222,26 @@ def test_torch_references_ask_for_concrete_offsets(torch, op):
     assert f"varlen_{op}" in str(caught.value)
 
 
+def test_torch_forward_mode_after_a_plain_call_with_the_same_offsets(torch):
+    from torch.autograd import forward_ad
+
+    xp = need("torch")
+    q = batch(xp, (3, 4), (2, 4))
+    kernels.varlen_attention(q, q, q)  # whose choice is remembered with the offsets
+    direction = torch.ones_like(q.values)
+    with forward_ad.dual_level():
+        dual = q.with_values(forward_ad.make_dual(q.values, direction))
+        got = forward_ad.unpack_dual(kernels.varlen_attention(dual, dual, dual).values).tangent
+        with pytest.raises(NotImplementedError, match="to_numpy"):
+            scree.bridges.to_numpy(dual)
+
+    def attend(x):
+        a = q.with_values(x)
+        return kernels.varlen_attention(a, a, a, implementation="reference").values
+
+    np.testing.assert_allclose(xp.to_np(got), xp.to_np(torch.func.jvp(attend, (q.values,), (direction,))[1]), rtol=1e-5)
+
+
 def test_torch_data_loader_pins_and_moves(torch):
     xp = need("torch")
     arr = make(xp)

@@ -198,7 +198,7 @@ def pin_memory(x: Dense) -> Dense:
 
 
 def is_traced(x: Dense) -> bool:
-    return torch.compiler.is_compiling() or type(x) not in PLAIN or _is_wrapped(x) or is_recorded()
+    return torch.compiler.is_compiling() or type(x) not in PLAIN or _is_wrapped(x) or is_recorded() or _is_dual(x)
 
 
 def _is_wrapped(x: Dense) -> bool:
