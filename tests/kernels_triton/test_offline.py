@@ -137,6 +137,18 @@ def test_reduce(monkeypatch, target):
         assert not code.spills, f"{code.launch} spills: {code.spills}"
 
 
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_many_short_sequences(monkeypatch, target):
+    from scree.kernels.triton import _segment_launch, _segments
+
+    monkeypatch.setattr(_segment_launch, "_group", lambda *args: 8)
+    monkeypatch.setattr(_segments, "known", lambda arr: _segment_launch.Known())  # as of offsets on a device
+    for call in (lambda: per_token("varlen_softmax", torch.float32, 1), lambda: reduce(torch.float32, 1)):
+        found = codes(monkeypatch, target, call)
+        groups = {dict(code.launch.constants).get("GROUP") for code in found if "chunk" in code.launch.name}
+        assert groups == {8}
+
+
 @pytest.mark.parametrize("target", offline.TARGETS)
 def test_moves(monkeypatch, target):
     found = codes(monkeypatch, target, moves, torch.bfloat16, 4096)

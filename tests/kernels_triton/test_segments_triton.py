@@ -56,6 +56,33 @@ def test_several_chunks(device, small_tiles, features, known):
 
 
 @pytest.mark.parametrize("how", ["softmax", *REDUCTIONS])
+def test_slots_by_the_group_give_the_same_bits(device, small_tiles, monkeypatch, how):
+    from scree.kernels.triton import _segment_launch
+
+    def run(group):
+        monkeypatch.setattr(_segment_launch, "_group", lambda *args: group)
+        arr = scree.with_capacity(array(device, (2,), lengths=(3, 40, 0, 1, 1, 17, 0)), 9, 70)
+        x = arr.values.clone().requires_grad_()
+        arr = arr._make(x, arr.offsets, 0, type(arr._structure)(spare=True))
+        y = softmax(arr) if how == "softmax" else reduce(arr, how)
+        finite = torch.where(y.isfinite(), y, 0.0)
+        return y.detach(), *torch.autograd.grad((finite * torch.arange(y.numel()).reshape(y.shape)).sum(), x)
+
+    for one, several in zip(run(1), run(8), strict=True):
+        assert_same_bits(one, several)
+
+
+@pytest.mark.parametrize(("rows", "tokens", "inner", "group"), [
+    (524288, 524288 * 128, 1, 32), (8192, 8192 * 128, 1, 8), (1024, 1024 * 2048, 32, 1), (64, 64 * 2048, 16, 1),
+])  # fmt: skip
+def test_many_short_sequences_share_programs(monkeypatch, rows, tokens, inner, group):
+    from scree.kernels.triton import _segment_launch
+
+    monkeypatch.setattr(_segment_launch, "processors", lambda device: 132)
+    assert _segment_launch._group(rows, _segment_launch._Shape(1, tokens, inner), 0) == group
+
+
+@pytest.mark.parametrize("how", ["softmax", *REDUCTIONS])
 def test_gradients_of_several_chunks(device, small_tiles, how):
     arr = array(device, (2,), lengths=(3, 40, 1, 17))
     x = arr.values.clone().round(decimals=1).requires_grad_()  # with ties

@@ -6,7 +6,7 @@ x is the result of the softmax, or the input of a reduction, whose result and it
 import triton
 import triton.language as tl
 
-from ._segment_kernels import _owner, _runs, _side, _tile
+from ._segment_kernels import _idle, _owner, _runs, _side, _tile
 
 
 @triton.jit
@@ -93,40 +93,46 @@ def _chunk_bwd_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     JOINED: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Chunk by chunk; with JOINED those of longer sequences, whose sums (B, C) are there already."""
     pid = tl.program_id(0)
-    slot = (pid // columns).to(tl.int64)
-    row, start, stop, chunk = _owner(offsets_ptr, slot, rows, total, steps, CHUNK)
-    beyond = row == rows
-    if beyond:
-        start = tl.maximum(start, (slot - rows) * CHUNK)
-        stop = tl.minimum(stop, (slot - rows + 1) * CHUNK)
-        chunk = chunk * 0
-    length = stop - start
-    if JOINED:
-        mine = (length > CHUNK) & (chunk * CHUNK < length) & (row < rows)
-    else:
-        mine = beyond | ((length > SHORT) & (chunk * CHUNK < length))
-    if mine:
-        first = (pid % columns).to(tl.int64) * BLOCK
-        side, within = _side(row, cols, first, INNER, OUTER, BLOCK)
-        base, source, mask = _tile(start, length, chunk, first, total, within, INNER, OUTER, CHUNK, BLOCK)
-        target = dx_ptr + base + source
+    group = (pid // columns).to(tl.int64) * GROUP
+    if GROUP > 1:
+        if _idle(offsets_ptr, group, rows, total, steps, CHUNK if JOINED else SHORT, GROUP, CHUNK):
+            return
+    for i in range(GROUP):
+        slot = group + i
+        row, start, stop, chunk = _owner(offsets_ptr, slot, rows, total, steps, CHUNK)
+        beyond = row == rows
         if beyond:
-            tl.store(target, tl.zeros((1, CHUNK, BLOCK), dx_ptr.dtype.element_ty), mask=mask)
+            start = tl.maximum(start, (slot - rows) * CHUNK)
+            stop = tl.minimum(stop, (slot - rows + 1) * CHUNK)
+            chunk = chunk * 0
+        length = stop - start
+        if JOINED:
+            mine = (length > CHUNK) & (chunk * CHUNK < length) & (row < rows)
         else:
-            x, dy, summed = _gradient(x_ptr, dy_ptr, y_ptr, base, source, mask, side, within, length, OP, ACC)
-            if JOINED:
-                sum_ = tl.load(totals_ptr + side, mask=within, other=1)
+            mine = beyond | ((length > SHORT) & (chunk * CHUNK < length))
+        if mine:
+            first = (pid % columns).to(tl.int64) * BLOCK
+            side, within = _side(row, cols, first, INNER, OUTER, BLOCK)
+            base, source, mask = _tile(start, length, chunk, first, total, within, INNER, OUTER, CHUNK, BLOCK)
+            target = dx_ptr + base + source
+            if beyond:
+                tl.store(target, tl.zeros((1, CHUNK, BLOCK), dx_ptr.dtype.element_ty), mask=mask)
             else:
-                sum_ = tl.sum(summed, axis=1, keep_dims=True)
-            unfinished = length < 0
-            if (OP == 0 or OP == 3 or OP == 4) and not JOINED:
-                unfinished = length > CHUNK
-            if unfinished:
-                partial, _ = _side(slot, cols, first, INNER, OUTER, BLOCK)
-                tl.store(totals_ptr + partial, sum_, mask=within)
-            else:
-                dx = _dx(x, dy, sum_, OP)
-                tl.store(target, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+                x, dy, summed = _gradient(x_ptr, dy_ptr, y_ptr, base, source, mask, side, within, length, OP, ACC)
+                if JOINED:
+                    sum_ = tl.load(totals_ptr + side, mask=within, other=1)
+                else:
+                    sum_ = tl.sum(summed, axis=1, keep_dims=True)
+                unfinished = length < 0
+                if (OP == 0 or OP == 3 or OP == 4) and not JOINED:
+                    unfinished = length > CHUNK
+                if unfinished:
+                    partial, _ = _side(slot, cols, first, INNER, OUTER, BLOCK)
+                    tl.store(totals_ptr + partial, sum_, mask=within)
+                else:
+                    dx = _dx(x, dy, sum_, OP)
+                    tl.store(target, dx.to(dx_ptr.dtype.element_ty), mask=mask)

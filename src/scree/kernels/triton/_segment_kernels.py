@@ -3,7 +3,8 @@
 Sequences of at most SHORT tokens go ROWS to a program. Longer ones are cut into chunks of CHUNK tokens, counted from
 their own beginning, so that a result's bits depend on its sequence alone: a sequence of one chunk is finished where it
 is loaded, the others leave the partial results of their chunks, which are combined in order. Chunks have numbered
-slots: sequence i owns those from ``offsets[i] // CHUNK + i`` on, and finds itself by bisection.
+slots: sequence i owns those from ``offsets[i] // CHUNK + i`` on, and finds itself by bisection. GROUP slots go to a
+program, so that those of short sequences, where there is nothing to do, are passed over together.
 
 Values are (outer, T, inner) in memory; the columns are outer x inner. What is loaded is (rows, tokens, columns).
 OP is 0 softmax, 1 sum, 2 mean, 3 max, 4 min, 5 logsumexp; NOTHING is what an
@@ -35,6 +36,13 @@ def _owner(offsets_ptr, slot, rows, total, steps, CHUNK: tl.constexpr):
     stop = tl.maximum(_offset(offsets_ptr, low + 1, total, low < rows), start)
     chunk = slot - (start // CHUNK + low)
     return low, start, tl.where(low < rows, stop, total), chunk
+
+
+@triton.jit
+def _idle(offsets_ptr, first, rows, total, steps, LONGER: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr):
+    """Whether none of GROUP slots from `first` on belongs to a sequence of more than LONGER tokens, or lies beyond all."""
+    row, start, stop, _ = _owner(offsets_ptr, first + tl.arange(0, GROUP), rows, total, steps, CHUNK)
+    return tl.max(((row == rows) | (stop - start > LONGER)).to(tl.int32), 0) == 0
 
 
 @triton.jit
@@ -208,46 +216,52 @@ def _chunk_fwd_kernel(
     SHORT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Sequences of one chunk, the partial results of longer ones, and the zeros beyond the last."""
     pid = tl.program_id(0)
-    slot = (pid // columns).to(tl.int64)
-    row, start, stop, chunk = _owner(offsets_ptr, slot, rows, total, steps, CHUNK)
-    beyond = row == rows
-    if beyond:
-        start = tl.maximum(start, (slot - rows) * CHUNK)
-        stop = tl.minimum(stop, (slot - rows + 1) * CHUNK)
-        chunk = chunk * 0
-    length = stop - start
-    mine = (length > SHORT) & (chunk * CHUNK < length)
-    if OP == 0:
-        mine |= beyond
-    else:
-        if SHORT == 0:
-            mine |= chunk == 0
-        mine &= row < rows
-    if mine:
-        first = (pid % columns).to(tl.int64) * BLOCK
-        side, within = _side(row, cols, first, INNER, OUTER, BLOCK)
-        base, source, mask = _tile(start, length, chunk, first, total, within, INNER, OUTER, CHUNK, BLOCK)
-        target = y_ptr + base + source if OP == 0 else y_ptr + side
+    group = (pid // columns).to(tl.int64) * GROUP
+    if GROUP > 1:
+        if _idle(offsets_ptr, group, rows, total, steps, SHORT if SHORT > 0 else -1, GROUP, CHUNK):
+            return
+    for i in range(GROUP):
+        slot = group + i
+        row, start, stop, chunk = _owner(offsets_ptr, slot, rows, total, steps, CHUNK)
+        beyond = row == rows
         if beyond:
-            if OP == 0:
-                tl.store(target, tl.zeros((1, CHUNK, BLOCK), y_ptr.dtype.element_ty), mask=mask)
+            start = tl.maximum(start, (slot - rows) * CHUNK)
+            stop = tl.minimum(stop, (slot - rows + 1) * CHUNK)
+            chunk = chunk * 0
+        length = stop - start
+        mine = (length > SHORT) & (chunk * CHUNK < length)
+        if OP == 0:
+            mine |= beyond
         else:
-            x = _loaded(x_ptr + base + source, mask, PADDING, ACC)
-            top, sum_ = _folded(x, 1.0, OP)
-            if length > CHUNK:
-                partial, _ = _side(slot, cols, first, INNER, OUTER, BLOCK)
-                tl.store(tops_ptr + partial, top, mask=within)
-                if OP == 0 or OP == 5:
-                    tl.store(totals_ptr + partial, sum_, mask=within)
-            elif OP == 0:
-                y = _softened(x, top, sum_)
-                tl.store(target, y.to(y_ptr.dtype.element_ty), mask=mask)
+            if SHORT == 0:
+                mine |= chunk == 0
+            mine &= row < rows
+        if mine:
+            first = (pid % columns).to(tl.int64) * BLOCK
+            side, within = _side(row, cols, first, INNER, OUTER, BLOCK)
+            base, source, mask = _tile(start, length, chunk, first, total, within, INNER, OUTER, CHUNK, BLOCK)
+            target = y_ptr + base + source if OP == 0 else y_ptr + side
+            if beyond:
+                if OP == 0:
+                    tl.store(target, tl.zeros((1, CHUNK, BLOCK), y_ptr.dtype.element_ty), mask=mask)
             else:
-                y = _result(top, sum_, length, OP, NOTHING, ACC)
-                tl.store(target, y.to(y_ptr.dtype.element_ty), mask=within)
+                x = _loaded(x_ptr + base + source, mask, PADDING, ACC)
+                top, sum_ = _folded(x, 1.0, OP)
+                if length > CHUNK:
+                    partial, _ = _side(slot, cols, first, INNER, OUTER, BLOCK)
+                    tl.store(tops_ptr + partial, top, mask=within)
+                    if OP == 0 or OP == 5:
+                        tl.store(totals_ptr + partial, sum_, mask=within)
+                elif OP == 0:
+                    y = _softened(x, top, sum_)
+                    tl.store(target, y.to(y_ptr.dtype.element_ty), mask=mask)
+                else:
+                    y = _result(top, sum_, length, OP, NOTHING, ACC)
+                    tl.store(target, y.to(y_ptr.dtype.element_ty), mask=within)
 
 
 @triton.jit(do_not_specialize=["rows", "total", "cols", "columns"])
@@ -270,43 +284,52 @@ def _join_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """What the chunks of a longer sequence give together, CHUNKS at a time; with RAW not yet as a result."""
     pid = tl.program_id(0)
-    row = (pid // columns).to(tl.int64)
-    start = _offset(offsets_ptr, row, total, True)
-    length = _offset(offsets_ptr, row + 1, total, True) - start
-    if length > CHUNK:
-        first = (pid % columns).to(tl.int64) * BLOCK
-        target, within = _side(row, cols, first, INNER, OUTER, BLOCK)
-        slot = start // CHUNK + row
-        chunks = tl.cdiv(length, CHUNK)
-        top = tl.full((1, 1, BLOCK), PADDING, ACC)
-        sum_ = tl.zeros((1, 1, BLOCK), ACC)
-        for begin in range(0, chunks, CHUNKS):
-            chunk = begin + tl.arange(0, CHUNKS)
-            mask = (chunk < chunks)[None, :, None] & within
-            side, _ = _side((slot + chunk)[None, :, None], cols, first, INNER, OUTER, BLOCK)
-            tops = tl.load(tops_ptr + side, mask=mask, other=0)
-            tops = tl.where(mask, tops, tl.full((), PADDING, ACC))
-            if OP == 0 or OP == 5:
-                before = top
-                part, more = _folded(tops, tl.load(totals_ptr + side, mask=mask, other=0), OP)
-                top = tl.maximum(before, part)
-                sum_ = sum_ * tl.exp(before - _finite(top)) + more * tl.exp(part - _finite(top))
-            else:
-                part, more = _folded(tops, tops, OP)
-                if OP == 1 or OP == 2:
-                    top += part
-                elif OP == 3:
-                    top = tl.maximum(top, part, propagate_nan=tl.PropagateNan.ALL)
+    group = (pid // columns).to(tl.int64) * GROUP
+    if GROUP > 1:
+        every = group + tl.arange(0, GROUP)
+        starts = _offset(offsets_ptr, every, total, every < rows)
+        lengths = _offset(offsets_ptr, every + 1, total, every < rows) - starts
+        if tl.max(lengths, 0) <= CHUNK:
+            return
+    for i in range(GROUP):
+        row = group + i
+        start = _offset(offsets_ptr, row, total, row < rows)
+        length = _offset(offsets_ptr, row + 1, total, row < rows) - start
+        if length > CHUNK:
+            first = (pid % columns).to(tl.int64) * BLOCK
+            target, within = _side(row, cols, first, INNER, OUTER, BLOCK)
+            slot = start // CHUNK + row
+            chunks = tl.cdiv(length, CHUNK)
+            top = tl.full((1, 1, BLOCK), PADDING, ACC)
+            sum_ = tl.zeros((1, 1, BLOCK), ACC)
+            for begin in range(0, chunks, CHUNKS):
+                chunk = begin + tl.arange(0, CHUNKS)
+                mask = (chunk < chunks)[None, :, None] & within
+                side, _ = _side((slot + chunk)[None, :, None], cols, first, INNER, OUTER, BLOCK)
+                tops = tl.load(tops_ptr + side, mask=mask, other=0)
+                tops = tl.where(mask, tops, tl.full((), PADDING, ACC))
+                if OP == 0 or OP == 5:
+                    before = top
+                    part, more = _folded(tops, tl.load(totals_ptr + side, mask=mask, other=0), OP)
+                    top = tl.maximum(before, part)
+                    sum_ = sum_ * tl.exp(before - _finite(top)) + more * tl.exp(part - _finite(top))
                 else:
-                    top = tl.minimum(top, part, propagate_nan=tl.PropagateNan.ALL)
-        if not RAW:
-            top = _result(top, sum_, length, OP, 0, ACC)
-        tl.store(y_ptr + target, top.to(y_ptr.dtype.element_ty), mask=within)
-        if RAW and OP == 0:
-            tl.store(sums_ptr + target, sum_, mask=within)
+                    part, more = _folded(tops, tops, OP)
+                    if OP == 1 or OP == 2:
+                        top += part
+                    elif OP == 3:
+                        top = tl.maximum(top, part, propagate_nan=tl.PropagateNan.ALL)
+                    else:
+                        top = tl.minimum(top, part, propagate_nan=tl.PropagateNan.ALL)
+            if not RAW:
+                top = _result(top, sum_, length, OP, 0, ACC)
+            tl.store(y_ptr + target, top.to(y_ptr.dtype.element_ty), mask=within)
+            if RAW and OP == 0:
+                tl.store(sums_ptr + target, sum_, mask=within)
 
 
 @triton.jit(do_not_specialize=["rows", "total", "cols", "columns", "steps"])
@@ -327,16 +350,22 @@ def _soften_kernel(
     ACC: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """The softmax of sequences of more than one chunk, whose maxima and sums (B, C) are there."""
     pid = tl.program_id(0)
-    row, start, stop, chunk = _owner(offsets_ptr, (pid // columns).to(tl.int64), rows, total, steps, CHUNK)
-    length = stop - start
-    if (row < rows) & (length > CHUNK) & (chunk * CHUNK < length):
-        first = (pid % columns).to(tl.int64) * BLOCK
-        side, within = _side(row, cols, first, INNER, OUTER, BLOCK)
-        base, source, mask = _tile(start, length, chunk, first, total, within, INNER, OUTER, CHUNK, BLOCK)
-        x = _loaded(x_ptr + base + source, mask, PADDING, ACC)
-        top = tl.load(tops_ptr + side, mask=within, other=0)
-        y = _softened(x, top, tl.load(totals_ptr + side, mask=within, other=1))
-        tl.store(y_ptr + base + source, y.to(y_ptr.dtype.element_ty), mask=mask)
+    group = (pid // columns).to(tl.int64) * GROUP
+    if GROUP > 1:
+        if _idle(offsets_ptr, group, rows, total, steps, CHUNK, GROUP, CHUNK):
+            return
+    for i in range(GROUP):
+        row, start, stop, chunk = _owner(offsets_ptr, group + i, rows, total, steps, CHUNK)
+        length = stop - start
+        if (row < rows) & (length > CHUNK) & (chunk * CHUNK < length):
+            first = (pid % columns).to(tl.int64) * BLOCK
+            side, within = _side(row, cols, first, INNER, OUTER, BLOCK)
+            base, source, mask = _tile(start, length, chunk, first, total, within, INNER, OUTER, CHUNK, BLOCK)
+            x = _loaded(x_ptr + base + source, mask, PADDING, ACC)
+            top = tl.load(tops_ptr + side, mask=within, other=0)
+            y = _softened(x, top, tl.load(totals_ptr + side, mask=within, other=1))
+            tl.store(y_ptr + base + source, y.to(y_ptr.dtype.element_ty), mask=mask)

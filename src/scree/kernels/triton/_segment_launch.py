@@ -11,7 +11,7 @@ import triton.language as tl
 from ..._array import Array
 from . import _segment_bwd_kernels as gradients
 from . import _segment_kernels as kernels
-from ._launch import Launcher, device_number
+from ._launch import Launcher, device_number, processors
 from ._views import wide
 
 OPS = {"softmax": 0, "sum": 1, "mean": 2, "max": 3, "min": 4, "logsumexp": 5}
@@ -93,8 +93,20 @@ def _limits(op: int, dtype: torch.dtype) -> tuple[Any, Any]:
     return limit, limit
 
 
-def _plan(op: int, backward: bool, device: int, dtype: torch.dtype, others: tuple[Any, ...], shape: _Shape) -> _Plan:
-    key = (op, backward, device, dtype, others, shape.inner, shape.outer > 1)
+def _group(rows: int, shape: _Shape, device: int) -> int:
+    """How many slots go to a program: several where most belong to short sequences, and enough programs remain."""
+    block, chunk, _, _ = tiles(shape.inner)
+    chunks = shape.total // chunk
+    programs = (chunks + rows + 1) * -(-shape.outer * shape.inner // block)
+    if rows < 4 * chunks:
+        return 1
+    return next((group for group in (32, 8) if programs >= 4 * group * processors(device)), 1)
+
+
+def _plan(
+    op: int, backward: bool, device: int, dtype: torch.dtype, others: tuple[Any, ...], shape: _Shape, group: int
+) -> _Plan:
+    key = (op, backward, device, dtype, others, shape.inner, shape.outer > 1, group)
     found = _PLANS.get(key)
     if found is not None:
         return found
@@ -104,7 +116,14 @@ def _plan(op: int, backward: bool, device: int, dtype: torch.dtype, others: tupl
     place = {"INNER": shape.inner, "OUTER": shape.outer > 1}
     limits = {"NOTHING": nothing, "PADDING": padding}
     summed = {"PADDING": 0 if backward else padding, "ACC": acc, "CHUNK": chunk, "CHUNKS": max(16, 256 // block)}
-    joining = {"OP": 1 if backward else op, "RAW": backward or op == 0, **place, **summed, "BLOCK": block}
+    joining = {
+        "OP": 1 if backward else op,
+        "RAW": backward or op == 0,
+        **place,
+        **summed,
+        "BLOCK": block,
+        "GROUP": group,
+    }
     short_tile = {"ACC": acc, "ROWS": rows, "SHORT": short or 1, "BLOCK": block}
     chunk_tile = {"ACC": acc, "SHORT": short, "CHUNK": chunk, "BLOCK": block}
 
@@ -113,12 +132,14 @@ def _plan(op: int, backward: bool, device: int, dtype: torch.dtype, others: tupl
 
     if backward:
         first = launcher(gradients._short_bwd_kernel, {"OP": op, **place, **short_tile})
-        middle = launcher(gradients._chunk_bwd_kernel, {"OP": op, **place, **chunk_tile, "JOINED": False})
-        last = launcher(gradients._chunk_bwd_kernel, {"OP": op, **place, **chunk_tile, "JOINED": True})
+        middle = launcher(
+            gradients._chunk_bwd_kernel, {"OP": op, **place, **chunk_tile, "JOINED": False, "GROUP": group}
+        )
+        last = launcher(gradients._chunk_bwd_kernel, {"OP": op, **place, **chunk_tile, "JOINED": True, "GROUP": group})
     else:
         first = launcher(kernels._short_fwd_kernel, {"OP": op, **place, **limits, **short_tile})
-        middle = launcher(kernels._chunk_fwd_kernel, {"OP": op, **place, **limits, **chunk_tile})
-        finish = {**place, "PADDING": padding, "ACC": acc, "CHUNK": chunk, "BLOCK": block}
+        middle = launcher(kernels._chunk_fwd_kernel, {"OP": op, **place, **limits, **chunk_tile, "GROUP": group})
+        finish = {**place, "PADDING": padding, "ACC": acc, "CHUNK": chunk, "BLOCK": block, "GROUP": group}
         last = launcher(kernels._soften_kernel, finish)
     join = launcher(kernels._join_kernel, joining, warps=4)
     stats = torch.int64 if not dtype.is_floating_point else torch.float64 if dtype == torch.float64 else torch.float32
@@ -138,7 +159,9 @@ def forward(op: int, x: torch.Tensor, offsets: torch.Tensor, ragged_dim: int, le
     if y.numel() == 0:
         return y
     x = _integers(x.contiguous())
-    plan = _plan(op, False, device_number(x), y.dtype, (offsets.dtype,), shape)
+    device = device_number(x)
+    group = _group(rows, shape, device)
+    plan = _plan(op, False, device, y.dtype, (offsets.dtype,), shape, group)
     cols = shape.outer * shape.inner
     columns = -(-cols // plan.block)
     scalars, steps = (rows, shape.total, cols, columns), rows.bit_length()
@@ -151,15 +174,15 @@ def forward(op: int, x: torch.Tensor, offsets: torch.Tensor, ragged_dim: int, le
     long = lengths.longest > plan.chunk_size
     partial = torch.empty((2 if op in (0, 5) else 1, slots if long else 1, cols), dtype=plan.acc, device=x.device)
     tops, totals = partial[0], partial[-1]
-    plan.chunk((slots * columns, 1, 1), (x, offsets, out, tops, totals), (*scalars, steps))
+    plan.chunk((-(-slots // group) * columns, 1, 1), (x, offsets, out, tops, totals), (*scalars, steps))
     if not long:
         return y
     if op != 0:
-        plan.join((rows * columns, 1, 1), (tops, totals, offsets, out, tops), scalars)
+        plan.join((-(-rows // group) * columns, 1, 1), (tops, totals, offsets, out, tops), scalars)
         return y
     states = torch.empty((2, rows, cols), dtype=plan.acc, device=x.device)
-    plan.join((rows * columns, 1, 1), (tops, totals, offsets, states[0], states[1]), scalars)
-    plan.last((slots * columns, 1, 1), (x, offsets, out, states[0], states[1]), (*scalars, steps))
+    plan.join((-(-rows // group) * columns, 1, 1), (tops, totals, offsets, states[0], states[1]), scalars)
+    plan.last((-(-slots // group) * columns, 1, 1), (x, offsets, out, states[0], states[1]), (*scalars, steps))
     return y
 
 
@@ -178,7 +201,9 @@ def backward(
     if dx.numel() == 0:
         return dx
     x, y, dy = x.contiguous(), y.contiguous(), dy.contiguous()
-    plan = _plan(op, True, device_number(x), x.dtype, (offsets.dtype, y.dtype, dy.dtype), shape)
+    device = device_number(x)
+    group = _group(rows, shape, device)
+    plan = _plan(op, True, device, x.dtype, (offsets.dtype, y.dtype, dy.dtype), shape, group)
     cols = shape.outer * shape.inner
     columns = -(-cols // plan.block)
     scalars, steps = (rows, shape.total, cols, columns), rows.bit_length()
@@ -189,9 +214,9 @@ def backward(
     slots = shape.total // plan.chunk_size + rows + 1
     long = op in _SUMMED and lengths.longest > plan.chunk_size
     partial = torch.empty((slots if long else 1, cols), dtype=plan.acc, device=x.device)
-    plan.chunk((slots * columns, 1, 1), (x, dy, y, offsets, dx, partial), (*scalars, steps))
+    plan.chunk((-(-slots // group) * columns, 1, 1), (x, dy, y, offsets, dx, partial), (*scalars, steps))
     if long and rows:
         sums = torch.empty((rows, cols), dtype=plan.acc, device=x.device)
-        plan.join((rows * columns, 1, 1), (partial, partial, offsets, sums, sums), scalars)
-        plan.last((slots * columns, 1, 1), (x, dy, y, offsets, dx, sums), (*scalars, steps))
+        plan.join((-(-rows // group) * columns, 1, 1), (partial, partial, offsets, sums, sums), scalars)
+        plan.last((-(-slots // group) * columns, 1, 1), (x, dy, y, offsets, dx, sums), (*scalars, steps))
     return dx
