@@ -25,8 +25,6 @@ HOPPER = "_hopper_fwd_kernel"  # instead of FORWARD, where it serves
 # Where attention does not fit in the registers, for which widest head dim, and how much of it at most: these are debts.
 # What is not here must not spill at all.
 SPILLS = {
-    ("sm_80", FORWARD): {64: 40},
-    ("sm_80", DQ): {64: 40},
     ("sm_80", DKV): {128: 400},
     ("sm_90", DKV): {128: 16},
     ("gfx942", FORWARD): {128: 40},

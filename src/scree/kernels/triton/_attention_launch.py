@@ -125,7 +125,8 @@ def _launcher(kernel: str, facts: _Facts) -> tuple[Launcher, Tiles]:
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     if not INTERPRETED:
         options["enable_fp_fusion"] = True
-        if tiles.registers is not None and capability(facts.device) >= (8, 0):
+        plain = not (facts.has_left or facts.softcap or facts.extra is not None)
+        if tiles.registers is not None and plain and capability(facts.device) == (9, 0):
             options["maxnreg"] = tiles.registers
     made = Launcher(_KERNELS[kernel], facts.device, constants, workspace=tma, **options), tiles
     _LAUNCHERS[(kernel, facts)] = made
