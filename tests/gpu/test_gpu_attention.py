@@ -132,7 +132,8 @@ def test_strided_views(layout, dim):
     strided = attend(*(scree.Array(x, offsets) for x in views), None, {"causal": True})
     dense = attend(*(scree.Array(x.contiguous(), offsets) for x in views), None, {"causal": True})
     for a, b in zip(strided, dense, strict=True):
-        if layout == "every other":  # 8 bytes beside a multiple of 16, which another kernel may serve
+        # 8 bytes beside a multiple of 16: on Hopper the portable kernel serves it, and its own kernel the dense tensors
+        if layout == "every other" and dim == 64 and torch.cuda.get_device_capability() == (9, 0):
             assert_near(a, b, torch.float16, 4)
         else:
             assert_bits(a.contiguous(), b.contiguous())
