@@ -26,6 +26,7 @@ def varlen_attention(
     softcap: float | None = ...,
     sinks: Dense | None = ...,
     return_lse: Literal[False] = ...,
+    deterministic: bool = ...,
     implementation: str | None = ...,
 ) -> Array: ...
 @overload
@@ -40,6 +41,7 @@ def varlen_attention(
     softcap: float | None = ...,
     sinks: Dense | None = ...,
     return_lse: bool,
+    deterministic: bool = ...,
     implementation: str | None = ...,
 ) -> tuple[Array, Array] | Array: ...
 def varlen_attention(
@@ -53,6 +55,7 @@ def varlen_attention(
     softcap: float | None = None,
     sinks: Dense | None = None,
     return_lse: bool = False,
+    deterministic: bool = True,
     implementation: str | None = None,
 ) -> tuple[Array, Array] | Array:
     """Attend within each sequence: softmax of scaled scores, times the values.
@@ -87,6 +90,10 @@ def varlen_attention(
         One logit a head that joins the softmax's denominator and brings no value.
     return_lse : bool
         Return the LSE too.
+    deterministic : bool
+        Whether two backward passes must give the same bits. False lets an implementation that is faster otherwise (on
+        Hopper, head dim 128 in 16 bits) add up the gradient of q in no fixed order, so that it differs by rounding from run
+        to run, unless `torch.use_deterministic_algorithms` is on; all else keeps its bits.
     implementation : str, optional
         Force one by name.
 
@@ -115,12 +122,21 @@ def varlen_attention(
     "Gemma 2", 2024, section 2 (softcap). Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
     2023.
     """
-    given = (causal, scale, window_size, softcap, return_lse, implementation)
+    given = (causal, scale, window_size, softcap, return_lse, deterministic, implementation)
     facts = _facts("varlen_attention", (q, k, v), given) if sinks is None else None
     known: _Call | None = None if facts is None else q._structure.derived.get(facts)
     if known is None:
         options = _contract.attention(
-            q, k, v, causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks, return_lse=return_lse
+            q,
+            k,
+            v,
+            causal,
+            scale=scale,
+            window_size=window_size,
+            softcap=softcap,
+            sinks=sinks,
+            return_lse=return_lse,
+            deterministic=deterministic,
         )._asdict()
         known = choose("varlen_attention", implementation, q, k, v, **options), options
         if facts is not None:

@@ -39,6 +39,7 @@ class AttentionOptions(NamedTuple):
     softcap: float | None
     sinks: Dense | None
     return_lse: bool
+    deterministic: bool
 
 
 def attention(
@@ -52,6 +53,7 @@ def attention(
     softcap: float | None,
     sinks: Dense | None,
     return_lse: bool,
+    deterministic: bool = True,
 ) -> AttentionOptions:
     """Check the arguments of `varlen_attention`."""
     op = "varlen_attention"
@@ -107,6 +109,7 @@ def attention(
         None if softcap is None else _positive(op, "softcap", softcap),
         sinks,
         bool(return_lse),
+        bool(deterministic),
     )
 
 

@@ -29,6 +29,7 @@ def varlen_attention(
     softcap: float | None,
     sinks: mx.array | None,
     return_lse: bool,
+    deterministic: bool,  # noqa: ARG001, it always is
 ) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`, rows of one length together."""
     op = "varlen_attention"

@@ -41,6 +41,7 @@ def varlen_attention(
     softcap: float | None,
     sinks: HostArray | None,
     return_lse: bool,
+    deterministic: bool,  # noqa: ARG001, it always is
 ) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`, block by block."""
     op = "varlen_attention"

@@ -22,10 +22,20 @@ def varlen_attention(
     softcap: float | None = None,
     sinks: Dense | None = None,
     return_lse: bool = False,
+    deterministic: bool = True,
 ) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`, one sequence after the other."""
     options = _contract.attention(
-        q, k, v, causal, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks, return_lse=return_lse
+        q,
+        k,
+        v,
+        causal,
+        scale=scale,
+        window_size=window_size,
+        softcap=softcap,
+        sinks=sinks,
+        return_lse=return_lse,
+        deterministic=deterministic,
     )
     xp = q._xp
     op = "varlen_attention"

@@ -38,10 +38,11 @@ def varlen_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
+    deterministic: bool = True,
 ) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`, whose arguments the front door has checked."""
     queries: torch.Tensor = q._values
-    options = Options.of(causal, scale, window_size, softcap, queries.shape[2])
+    options = Options.of(causal, scale, window_size, softcap, deterministic, queries.shape[2])
     o, lse = _attend(
         queries,
         k._values,
@@ -71,6 +72,7 @@ def varlen_attention_triton(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
+    deterministic: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
     """Compute attention on tensors; `scree.kernels.triton.varlen_attention_triton` has the contract."""
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
@@ -80,7 +82,7 @@ def varlen_attention_triton(
         scale, window_size, softcap = _checked(
             q, k, v, cu_seqlens, cu_seqlens_k, causal, scale, window_size, softcap, sinks, return_lse
         )
-    options = Options.of(causal, scale, window_size, softcap, q.shape[2])
+    options = Options.of(causal, scale, window_size, softcap, bool(deterministic), q.shape[2])
     o, lse = _attend(q, k, v, sinks, cu_seqlens, cu_seqlens_k, options, None, None, return_lse)
     return (o, lse.t()) if return_lse else o
 
@@ -287,7 +289,7 @@ class _TransformedBackward(torch.autograd.Function):
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor cu_q, Tensor cu_k"
-_OPTIONS = "int left, int right, float scale, float softcap"
+_OPTIONS = "int left, int right, float scale, float softcap, bool deterministic"
 
 
 @torch.library.custom_op("scree::attention", mutates_args=(), schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
@@ -302,8 +304,9 @@ def _attention_op(
     right: int,
     scale: float,
     softcap: float,
+    deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _launch.forward(q, k, v, sinks, cu_q, cu_k, Options(left, right, scale, softcap), None)
+    return _launch.forward(q, k, v, sinks, cu_q, cu_k, Options(left, right, scale, softcap, deterministic), None)
 
 
 @_attention_op.register_fake
@@ -318,6 +321,7 @@ def _(
     right: int,
     scale: float,
     softcap: float,
+    deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total, heads, _ = q.shape
     return q.new_empty((total, heads, v.shape[2])), q.new_empty((heads, total), dtype=torch.float32)
@@ -343,8 +347,9 @@ def _attention_backward_op(
     right: int,
     scale: float,
     softcap: float,
+    deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = Options(left, right, scale, softcap)
+    options = Options(left, right, scale, softcap, deterministic)
     dq, dk, dv, dsinks = _launch.backward(do, dlse, q, k, v, sinks, cu_q, cu_k, o, lse, options, None, None)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
@@ -372,7 +377,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _backward(ctx: Any, do: torch.Tensor, dlse: torch.Tensor) -> tuple[Any, ...]:
     q, k, v, sinks, cu_q, cu_k, o, lse = ctx.saved_tensors
     dq, dk, dv, dsinks = torch.ops.scree.attention_backward(do, dlse, q, k, v, sinks, cu_q, cu_k, o, lse, *ctx.options)
-    return dq, dk, dv, None if sinks is None else dsinks, *(None,) * 6
+    return dq, dk, dv, None if sinks is None else dsinks, *(None,) * 7
 
 
 _attention_op.register_autograd(_backward, setup_context=_setup_context)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from . import _hopper, _tiles
+from . import _hopper, _hopper_bwd, _tiles
 from ._attention_bwd_kernels import _attention_bwd_dkv_kernel, _attention_bwd_dq_kernel
 from ._attention_fwd_kernels import _attention_fwd_kernel
 from ._attention_tiles import Tiles, tiles_for
@@ -29,12 +29,15 @@ class Options(NamedTuple):
     scale : float
     softcap : float
         0 for none.
+    deterministic : bool
+        Whether two backward passes must give the same bits.
     """
 
     left: int
     right: int
     scale: float
     softcap: float
+    deterministic: bool = True
 
     @classmethod
     def of(
@@ -43,6 +46,7 @@ class Options(NamedTuple):
         scale: float | None,
         window_size: tuple[int | None, int | None],
         softcap: float | None,
+        deterministic: bool,
         head_dim: int,
     ) -> Options:
         left, right = window_size
@@ -51,6 +55,7 @@ class Options(NamedTuple):
             0 if causal else _NO_LIMIT if right is None else min(right, _LONGEST),
             head_dim**-0.5 if scale is None else scale,
             0.0 if softcap is None else softcap,
+            deterministic,
         )
 
 
@@ -243,7 +248,7 @@ def _prepare(
     total_k, _, v_dim = v.shape
     strides = q.stride()[:2] + k.stride()[:2] + v.stride()[:2]
     regime = _regime(total_k, cu_k)
-    left, right, scale, softcap = options
+    left, right, scale, softcap, _ = options
     hopper = _hopper.plan(q, k, v, sinks, options, cu_q.shape[0] - 1, regime == LONG, with_lse)
     if hopper is not None:
         launch, rows = hopper
@@ -271,19 +276,52 @@ def backward(
     kept_q: Kept | None,
     kept_k: Kept | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The gradients of q, k, v and sinks, contiguous, in their dtypes: every element is written."""
+    """The gradients of q, k, v and sinks, contiguous, in their dtypes: every element is written.
+
+    Unless the options say `deterministic`, dQ may be added up in no fixed order, where a kernel does so.
+    """
     do = _rows_dense(torch.zeros_like(o) if do is None else do)
     if dlse is not None:
         dlse = dlse.contiguous()
     q, k, v = _rows_dense(q), _rows_dense(k), _rows_dense(v)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    regime = _regime(max(q.shape[0], k.shape[0]), cu_k)
+    given = (do, dlse, q, k, v, cu_q, cu_k, o, lse, (dq, dk, dv), options, kept_q, kept_k)
+    if _hopper_bwd.why_not(q, k, v, do, options, cu_q.shape[0] - 1) is None:
+        delta = _hopper_bwd.backward(*given, regime == LONG)
+    else:
+        delta = _two_kernels(*given, regime)
+    dsinks = None
+    if sinks is not None:  # the sink is a key without a value: its score has the gradient -p * delta
+        dsinks = torch.exp(sinks.float()[:, None] - lse) * -delta
+        dsinks = torch.where(delta == 0, 0.0, dsinks).sum(1).to(sinks.dtype)
+    return dq, dk, dv, dsinks
+
+
+def _two_kernels(
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    options: Options,
+    kept_q: Kept | None,
+    kept_k: Kept | None,
+    regime: int,
+) -> torch.Tensor:
+    """Write dQ, then dK and dV to `grads`, each summed in a fixed order; return delta (H, T)."""
+    dq, dk, dv = grads
     total, heads, head_dim = q.shape
     total_k, kv_heads, v_dim = v.shape
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    left, right, scale, softcap = options
+    left, right, scale, softcap, _ = options
     inputs = q.stride()[:2] + k.stride()[:2] + v.stride()[:2]
 
-    regime = _regime(max(total, total_k), cu_k)
     strides = inputs + o.stride()[:2] + do.stride()[:2]
     launch, tiles = _planned("dq", q, v, options, strides, (k, v), dlse, regime)
     tile_map = _tiles.of(kept_q, cu_q, cu_k, total, total_k, tiles.rows, left, right)
@@ -315,8 +353,4 @@ def backward(
             right,
         ),
     )
-    dsinks = None
-    if sinks is not None:  # the sink is a key without a value: its score has the gradient -p * delta
-        dsinks = torch.exp(sinks.float()[:, None] - lse) * -delta
-        dsinks = torch.where(delta == 0, 0.0, dsinks).sum(1).to(sinks.dtype)
-    return dq, dk, dv, dsinks
+    return delta

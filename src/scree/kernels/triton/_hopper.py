@@ -12,7 +12,6 @@ from ._launch import INTERPRETED, Launcher, capability, device_number
 if TYPE_CHECKING:
     from ._attention_launch import Options
 
-_HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 _MOST_ROWS = 1 << 30  # a box of the copy engine counts its rows up to here
 _MOST_COLUMNS = 1 << 31
 _MOST_TILES = 1 << 30
@@ -65,11 +64,16 @@ def plan(
     return launch, _ROWS
 
 
+def has_gluon() -> bool:
+    """Whether this Triton has the language of the kernels for Hopper."""
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+
+
 def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, batch: int) -> str | None:
     """Say what speaks against the kernel for Hopper: a reason for the portable one."""
     if capability(device_number(q)) != (9, 0):
         return "its instructions are those of sm_90"
-    if not _HAS_GLUON:
+    if not has_gluon():
         return f"Gluon, its language, came with Triton 3.6; this is {triton.__version__}"
     if q.dtype.itemsize != 2:
         return f"it multiplies 16-bit numbers, not {q.dtype}"
@@ -79,14 +83,15 @@ def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options,
         return "windows with a limit to the left are the portable kernel's"
     if q.shape[0] == 0 or k.shape[0] == 0:
         return "there is no memory for the copy engine to look at"
-    if not (_reaches(q) and _reaches(k) and _reaches(v)):
+    if not (reaches(q) and reaches(k) and reaches(v)):
         return "the copy engine needs rows at multiples of 16 bytes, and 32 bits to count them and the places in them"
     if (q.shape[0] // _ROWS + batch + 1) * q.shape[1] >= _MOST_TILES:
         return f"it counts tiles up to {_MOST_TILES}"
     return None
 
 
-def _reaches(x: torch.Tensor) -> bool:
+def reaches(x: torch.Tensor) -> bool:
+    """Whether the copy engine can look at all of x (T, H, D)."""
     rows, heads, width = x.shape
     stride_t, stride_h, _ = x.stride()
     return (

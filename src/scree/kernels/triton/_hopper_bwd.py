@@ -1,0 +1,151 @@
+"""Attention backward on Hopper (sm_90): which calls kernels of their own serve, and launching those."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from . import _tiles
+from ._hopper import has_gluon, reaches
+from ._launch import INTERPRETED, Launcher, capability, device_number
+from ._tiles import Kept
+
+if TYPE_CHECKING:
+    from ._attention_launch import Options
+
+_MOST_TILES = 1 << 26  # the places of dQ are counted in 32 bits
+_KEYS = 128  # of a tile
+
+
+class Config(NamedTuple):
+    """How the main kernel cuts its work.
+
+    Attributes
+    ----------
+    step : int
+        Queries a step.
+    stages : int
+        Blocks of queries in shared memory at once.
+    """
+
+    step: int
+    stages: int
+
+
+CONFIGS = {128: Config(64, 2)}
+"""By head dim. At 64 the portable kernels are as fast, or faster."""
+
+_LAUNCHERS: dict[Any, tuple[Launcher, Launcher, Launcher]] = {}
+
+
+def why_not(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, options: Options, batch: int
+) -> str | None:
+    """Say what speaks against the kernels for Hopper: a reason for the portable ones."""
+    if options.deterministic or torch.are_deterministic_algorithms_enabled():
+        return "they add up dQ in no fixed order"
+    if INTERPRETED or capability(device_number(q)) != (9, 0):
+        return "their instructions are those of sm_90"
+    if not has_gluon():
+        return "Gluon, their language, came with Triton 3.6"
+    if q.dtype.itemsize != 2:
+        return f"they multiply 16-bit numbers, not {q.dtype}"
+    if q.shape[2] != v.shape[2] or q.shape[2] not in CONFIGS:
+        return f"they have head dims {list(CONFIGS)}, the same of q and v, not {q.shape[2]} and {v.shape[2]}"
+    if options.left >= 0 or options.softcap > 0:
+        return "they have no window to the left, and no softcap"
+    if q.shape[0] == 0 or k.shape[0] == 0:
+        return "there is no memory for the copy engine to look at"
+    if not (reaches(q) and reaches(k) and reaches(v) and reaches(do)):
+        return "the copy engine needs rows at multiples of 16 bytes, and 32 bits to count them and the places in them"
+    if (q.shape[0] // CONFIGS[q.shape[2]].step + batch + 1) * q.shape[1] >= _MOST_TILES:
+        return f"they count tiles up to {_MOST_TILES}"
+    return None
+
+
+def backward(
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    options: Options,
+    kept_q: Kept | None,
+    kept_k: Kept | None,
+    long: bool,
+) -> torch.Tensor:
+    """Write dQ, dK and dV to `grads`, dQ added up in no fixed order; return delta (H, T)."""
+    dq, dk, dv = grads
+    total, heads, width = q.shape
+    kv_heads, step = k.shape[1], CONFIGS[width].step
+    q_map = _tiles.of(kept_q, cu_q, cu_k, total, k.shape[0], step, options.left, options.right)
+    k_map = _tiles.of(kept_k, cu_k, cu_q, k.shape[0], total, _KEYS, options.right, options.left)
+    slots = q_map.slots
+    delta = torch.empty_like(lse)
+    rows = torch.empty((heads, slots, 2, step), dtype=torch.float32, device=q.device)
+    acc = torch.empty((heads, slots, step * width), dtype=torch.float32, device=q.device)
+    before, main, after = _launchers(q, k, v, o, do, dlse, options, long)
+    grid = (slots * heads, 1, 1)
+    before(
+        grid,
+        (o, do, lse, lse if dlse is None else dlse, q_map.tiles, delta, rows, acc),
+        (*o.stride()[:2], *do.stride()[:2], total, slots),
+    )
+    main(
+        (k_map.slots * kv_heads, 1, 1),
+        (q, k, v, do, rows, k_map.tiles, acc, dk, dv),
+        (
+            *(stride for x in (q, k, v, do, dk, dv) for stride in x.stride()[:2]),
+            k_map.slots,
+            slots,
+            options.scale,
+            options.right,
+        ),
+    )
+    after(grid, (acc, q_map.tiles, dq), (*dq.stride()[:2], slots, options.scale))
+    return delta
+
+
+def _launchers(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    options: Options,
+    long: bool,
+) -> tuple[Launcher, Launcher, Launcher]:
+    """What runs before, the main kernel, and what runs after; made at the first call."""
+    device, (_, heads, width), kv_heads = device_number(q), q.shape, k.shape[1]
+    config = CONFIGS[width]
+    odd = tuple((stride % 16, stride == 1) for x in (q, k, v, o, do) for stride in x.stride()[:2])
+    has_right = options.right >= 0
+    facts = (device, config, q.dtype, heads, kv_heads, width, has_right, odd, dlse is not None, long)
+    found = _LAUNCHERS.get(facts)
+    if found is None:
+        from . import _hopper_bwd_kernels as kernels  # in a language that older Tritons do not have
+
+        around = {"INNER": heads, "D": width, "BLOCK_M": config.step}
+        constants = {
+            "SHARED": heads // kv_heads,
+            "HEADS": kv_heads,
+            "INNER": 1 if long else kv_heads,
+            "D": width,
+            "BLOCK_M": config.step,
+            "STAGES": config.stages,
+            "HAS_RIGHT": has_right,
+        }
+        flags = {"num_warps": 4, "enable_fp_fusion": True}
+        found = _LAUNCHERS[facts] = (
+            Launcher(kernels._hopper_bwd_rows_kernel, device, around | {"DLSE": dlse is not None}, **flags),
+            Launcher(kernels._hopper_bwd_kernel, device, constants, workspace=True, **flags),
+            Launcher(kernels._hopper_bwd_dq_kernel, device, around, **flags),
+        )
+    return found

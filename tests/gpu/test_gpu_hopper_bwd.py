@@ -1,0 +1,162 @@
+"""The attention backward for Hopper that adds dQ up in no fixed order: beside the one that gives the same bits."""
+
+import dataclasses
+
+import pytest
+
+import gpu_cases
+from gpu_cases import ATTENTION, CAUSAL, Attention, assert_bits, assert_near, batch, normal, offsets_of
+
+torch = pytest.importorskip("torch")
+gpu_cases.need_cuda()
+if torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("no Hopper GPU", allow_module_level=True)
+
+import scree  # noqa: E402
+from scree.kernels.triton import _attention_launch, _hopper_bwd, varlen_attention_triton  # noqa: E402
+from scree.kernels.triton._attention_launch import Options  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+# Tiles of 128 keys and steps of 64 queries: below, at and beyond each.
+EDGES = (127, 0, 128, 129, 63, 1, 64, 65, 513, 0)
+KEY_EDGES = (3, 130, 257, 129, 0, 512, 128, 700, 384, 0)
+CASES = tuple(
+    dataclasses.replace(case, dim=128, v_dim=128, lengths=EDGES, key_lengths=keys)
+    for case in ATTENTION
+    if case.dim == case.v_dim and not case.options.get("softcap")
+    and case.options.get("window_size", (None, None))[0] is None
+    for keys in [EDGES if case.key_lengths == case.lengths else KEY_EDGES]
+)  # fmt: skip
+GROUPED = next(case for case in CASES if case.name == "grouped")
+DTYPES = [(case, torch.bfloat16) for case in CASES] + [(GROUPED, torch.float16)]
+NAMES = ("dq", "dk", "dv", "dsinks")
+
+
+def options_of(case, deterministic):
+    return Options.of(
+        case.options.get("causal", False),
+        case.options.get("scale"),
+        case.options.get("window_size", (None, None)),
+        None,
+        deterministic,
+        case.dim,
+    )
+
+
+def gradients(tensors, offsets, options, sinks=None):
+    """Compute dq, dk, dv and dsinks; and see to it that the kernel under test does, where it may."""
+    q, k, v, do, dlse = tensors
+    cu_q, cu_k = offsets
+    o, lse = _attention_launch.forward(q, k, v, sinks, cu_q, cu_k, options, None)
+    against = _hopper_bwd.why_not(q, k, v, do, options, cu_q.shape[0] - 1)
+    assert (against is None) is not options.deterministic, against
+    found = _attention_launch.backward(do, dlse, q, k, v, sinks, cu_q, cu_k, o, lse, options, None, None)
+    return found[: 4 if sinks is not None else 3]
+
+
+def given(case, dtype):
+    q, k, v, sinks = case.make(dtype)
+    do = normal(*q.values.shape, dtype=dtype, seed=20)
+    dlse = normal(case.heads, q.values.shape[0], seed=21)
+    return (q.values, k.values, v.values, do, dlse), (q.offsets, k.offsets), sinks
+
+
+def both(case, tensors, offsets, sinks=None):
+    """The gradients that the kernel under test gives, and those of the portable ones."""
+    return [gradients(tensors, offsets, options_of(case, fixed), sinks) for fixed in (False, True)]
+
+
+@pytest.mark.parametrize(("case", "dtype"), DTYPES, ids=str)
+def test_gradients(case, dtype):
+    got, want = both(case, *given(case, dtype))
+    for name, a, b in zip(NAMES, got, want, strict=False):
+        (assert_near(a, b, dtype, 2.0, name) if name == "dq" else assert_bits(a, b, name))
+
+
+def test_views_of_a_joint_tensor():
+    joint = normal(sum(EDGES), 8, 128, dtype=torch.float16)
+    q, k, v = joint.split([4, 2, 2], 1)
+    offsets = offsets_of(EDGES)
+    tensors = (q, k, v, normal(*q.shape, dtype=torch.float16, seed=1), None)
+    got, want = both(Attention("", dim=128, options=CAUSAL), tensors, (offsets, offsets))
+    for name, a, b in zip(NAMES, got, want, strict=False):
+        assert_near(a, b, torch.float16, 2.0, name)
+
+
+def test_neighbours_that_are_not_numbers():
+    case = Attention("", heads=4, kv_heads=2, dim=128, v_dim=128, lengths=EDGES, key_lengths=EDGES, options=CAUSAL)
+    (*tensors, _), offsets, _ = given(case, torch.float16)
+    want = gradients((*tensors, None), offsets, options_of(case, True))
+    bounds = offsets[0].tolist()
+    for bad in (2, 5, 8):
+        spoilt = [x.clone() for x in tensors]
+        for x in spoilt:
+            x[bounds[bad] : bounds[bad + 1]] = float("nan")
+        got = gradients((*spoilt, None), offsets, options_of(case, False))
+        for name, a, b in zip(NAMES, got, want, strict=False):
+            for i in set(range(len(EDGES))) - {bad}:
+                rows = slice(bounds[i], bounds[i + 1])
+                assert_near(a[rows], b[rows], torch.float16, 2.0, name)
+
+
+@pytest.mark.parametrize(
+    "offsets", [[0, 300, 200, 400], [5, 100, 200, 400], [0, 100, 200, 10**9], [0, -5, 3, 400]], ids=str
+)
+def test_offsets_that_are_wrong(offsets):
+    q = normal(400, 2, 128, dtype=torch.float16)
+    bad = torch.tensor(offsets, dtype=torch.int32, device="cuda")
+    options = options_of(Attention("", dim=128, options=CAUSAL), False)
+    for got in gradients((q, q, q, q, None), (bad, bad), options):
+        assert not got.any()
+
+
+def test_rows_beyond_the_last_sequence():
+    q = normal(400, 2, 128, dtype=torch.float16)
+    offsets = offsets_of((100, 0, 200))
+    for got in gradients((q, q, q, q, None), (offsets, offsets), options_of(Attention("", dim=128), False)):
+        assert not got[300:].any()
+        assert got[:300].any()
+
+
+def test_long_sequences_in_many_programs():
+    arr = batch((3000, 1, 2500), (4, 128), torch.bfloat16)
+    do = normal(*arr.values.shape, dtype=torch.bfloat16, seed=3)
+    case = Attention("", dim=128, options=CAUSAL)
+    got, want = both(case, (arr.values, arr.values, arr.values, do, None), (arr.offsets, arr.offsets))
+    for name, a, b in zip(NAMES, got, want, strict=False):
+        assert_near(a, b, torch.bfloat16, 2.0, name)
+
+
+@pytest.mark.parametrize("how", ["tensors", "front door", "compiled"])
+def test_is_reached_from_the_public_functions(monkeypatch, how):
+    arr = batch((300, 0, 77), (2, 128), torch.bfloat16)
+    calls = []
+    original = _hopper_bwd.backward
+    monkeypatch.setattr(_hopper_bwd, "backward", lambda *given: calls.append(1) or original(*given))
+
+    def attend(x, deterministic):
+        if how == "tensors":
+            return varlen_attention_triton(x, x, x, arr.offsets, True, deterministic=deterministic)
+        rows = scree.Array(x, arr.offsets)
+        return scree.kernels.varlen_attention(rows, rows, rows, True, deterministic=deterministic).values
+
+    if how == "compiled":
+        attend = torch.compile(attend, fullgraph=True, dynamic=False)
+
+    def gradient(deterministic):
+        x = arr.values.detach().clone().requires_grad_()
+        attend(x, deterministic).float().square().sum().backward()
+        return x.grad
+
+    want = gradient(True)
+    assert not calls
+    assert_near(gradient(False), want, torch.bfloat16, 4.0)
+    assert calls
+    calls.clear()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert_bits(gradient(False), want)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not calls
