@@ -179,8 +179,8 @@ class Backend(Protocol):
         """Return x in page-locked memory. Raises `TypeError` where the framework has no such thing."""
         ...
 
-    def is_traced(self, x: Dense) -> bool:
-        """Say whether the values of x are unknown because a compiler or a transformation is looking on."""
+    def is_traced(self, *arrays: Dense) -> bool:
+        """Say whether the values of any are unknown because a compiler or a transformation is looking on."""
         ...
 
     def to_host(self, x: Dense) -> HostArray:

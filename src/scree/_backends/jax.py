@@ -166,8 +166,8 @@ def pin_memory(x: Dense) -> Dense:
     raise TypeError("pin_memory: JAX places host memory by itself; jax.device_put takes a memory kind")
 
 
-def is_traced(x: Dense) -> bool:
-    return isinstance(x, Tracer)
+def is_traced(*arrays: Dense) -> bool:
+    return any(isinstance(x, Tracer) for x in arrays)
 
 
 def to_host(x: Dense) -> HostArray:

@@ -156,9 +156,9 @@ def pin_memory(x: Dense) -> Dense:
     raise TypeError("pin_memory: MLX memory is unified and needs no pinning")
 
 
-def is_traced(x: Dense) -> bool:
+def is_traced(*arrays: Dense) -> bool:
     try:
-        mx.eval(x)
+        mx.eval(*arrays)
     except ValueError:  # "[eval] Attempting to eval an array during function transformations ..."
         return True
     return False

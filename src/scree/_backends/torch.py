@@ -197,8 +197,13 @@ def pin_memory(x: Dense) -> Dense:
     return x.pin_memory()
 
 
-def is_traced(x: Dense) -> bool:
-    return torch.compiler.is_compiling() or type(x) not in PLAIN or _is_wrapped(x) or is_recorded() or _is_dual(x)
+def is_traced(*arrays: Dense) -> bool:
+    if torch.compiler.is_compiling() or is_recorded():
+        return True
+    for x in arrays:  # noqa: SIM110, in less time than a generator takes
+        if type(x) not in PLAIN or _is_wrapped(x) or _is_dual(x):
+            return True
+    return False
 
 
 def _is_wrapped(x: Dense) -> bool:

@@ -151,22 +151,23 @@ _Call = tuple[Callable[..., Any], dict[str, Any]]
 def _facts(op: str, arrays: tuple[Array, ...], given: tuple[Any, ...]) -> Any:
     """All that the checks and the choice of a call depend on, under which they are kept with the offsets.
 
-    None where that cannot be said in a few words: Arrays of different structures, values under a trace, options that
+    None where that cannot be said in a few words: Arrays of different offsets, values under a trace, options that
     have no hash.
     """
     first = arrays[0]
     if type(first) is not Array:
         return None
     xp = first._xp
-    structure = first._structure
     facts: list[Any] = [op, given]
+    every: list[Dense] = []
     for arr in arrays:
-        if type(arr) is not Array or arr._structure is not structure:
+        if type(arr) is not Array or arr._offsets is not first._offsets:
             return None
         values = arr._values
-        if xp.is_traced(values):
-            return None
         facts += (type(values), values.dtype, tuple(values.shape), arr._ragged_dim, xp.device_of(values))
+        every.append(values)
+    if xp.is_traced(*every):
+        return None
     try:
         hash(given)
     except TypeError:

@@ -49,7 +49,7 @@ def varlen_attention(
     softcap: float | None,
     sinks: Dense | None,
     return_lse: bool,
-    deterministic: bool,  # noqa: ARG001, it always is
+    deterministic: bool,
 ) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`, tile by tile."""
     options = _Options(scale, *sides(causal, window_size), softcap)

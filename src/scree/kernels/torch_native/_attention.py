@@ -140,7 +140,7 @@ def varlen_attention(
     softcap: float | None,
     sinks: Tensor | None,
     return_lse: bool,
-    deterministic: bool,  # noqa: ARG001, it always is
+    deterministic: bool,
 ) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`, one sequence after the other, each without its neighbours' memory."""
     left, right = (_NO_LIMIT if side is None else side for side in sides(causal, window_size))

@@ -78,13 +78,41 @@ def varlen_attention_triton(
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     tensors = (q, k, v, cu_seqlens, cu_seqlens_k)
     plain = type(q) is type(k) is type(v) is type(cu_seqlens) is type(cu_seqlens_k) is torch.Tensor
+    same = None
+    if plain and sinks is None and is_plain() and not _is_differentiated(q, k, v, None):
+        same = _facts(q, k, v, (causal, scale, softcap, return_lse), window_size)
+        if same is not None:
+            kept: Kept | None = getattr(cu_seqlens, "_scree_kept", None)
+            made = _launch.again(q, k, v, None, cu_seqlens, cu_seqlens_k, kept, return_lse, same)
+            if made is not None:
+                return (made[0], made[1].t()) if return_lse else made[0]
     if not (plain and _is_sound(*tensors, sinks, scale, window_size, softcap)):
         scale, window_size, softcap = _checked(
             q, k, v, cu_seqlens, cu_seqlens_k, causal, scale, window_size, softcap, sinks, return_lse
         )
     options = Options.of(causal, scale, window_size, softcap, bool(deterministic), q.shape[2])
-    o, lse = _attend(q, k, v, sinks, cu_seqlens, cu_seqlens_k, options, None, None, return_lse)
+    o, lse = _attend(q, k, v, sinks, cu_seqlens, cu_seqlens_k, options, None, None, return_lse, same)
     return (o, lse.t()) if return_lse else o
+
+
+_SCALARS = frozenset({bool, int, float, type(None)})
+
+
+def _facts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: tuple[Any, ...], window_size: Any) -> Any:
+    """What a call can be remembered under, once it was checked; None where autocast or an unusual option is at work."""
+    if torch.is_autocast_enabled("cuda") or type(window_size) is not tuple:
+        return None
+    given = options + window_size
+    for option in given:
+        if type(option) not in _SCALARS:
+            return None
+    return _launch.facts(q, k, v, None, bool(options[-1]), given)
+
+
+def _is_differentiated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> bool:
+    """Whether somebody wants gradients."""
+    needed = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+    return needed and torch.is_grad_enabled()
 
 
 def _is_sound(
@@ -171,10 +199,13 @@ def _checked(
     return options.scale, options.window_size, options.softcap
 
 
-def _kept_with(offsets: torch.Tensor) -> Kept | None:
-    """The dictionary that is kept with a `cu_seqlens`; None for an inference tensor, which hides when it is written to."""
+def _kept_with(offsets: torch.Tensor, otherwise: Kept | None) -> Kept | None:
+    """The dictionary that is kept with offsets, whatever Arrays are made of them.
+
+    An inference tensor hides when it is written to: `otherwise` then, which is that of an Array, or None.
+    """
     if offsets.is_inference():
-        return None
+        return otherwise
     kept: Kept | None = getattr(offsets, "_scree_kept", None)
     if kept is None:
         kept = {}
@@ -193,8 +224,12 @@ def _attend(
     kept_q: Kept | None,
     kept_k: Kept | None,
     with_lse: bool,
+    same: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """O (T, H, D_v), and LSE (H, T) or, where nobody asks for it, anything."""
+    """O (T, H, D_v), and LSE (H, T) or, where nobody asks for it, anything.
+
+    `kept_q` and `kept_k` are dictionaries of Arrays, for offsets that can hold none themselves.
+    """
     if q.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -202,13 +237,11 @@ def _attend(
         if is_transformed():
             return _Transformed.apply(q, k, v, sinks, cu_q, cu_k, options)  # pyright: ignore[reportReturnType]
         return torch.ops.scree.attention(q, k, v, sinks, cu_q, cu_k, *options)
-    if kept_q is None:
-        kept_q = _kept_with(cu_q)
-        kept_k = kept_q if cu_k is cu_q else _kept_with(cu_k)
-    needed = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
-    if needed and torch.is_grad_enabled():
+    kept_q = _kept_with(cu_q, kept_q)
+    kept_k = kept_q if cu_k is cu_q else _kept_with(cu_k, kept_k)
+    if _is_differentiated(q, k, v, sinks):
         return _Attention.apply(q, k, v, sinks, cu_q, cu_k, options, kept_q, kept_k)  # pyright: ignore[reportReturnType]
-    return _launch.forward(q, k, v, sinks, cu_q, cu_k, options, kept_q, with_lse)
+    return _launch.forward(q, k, v, sinks, cu_q, cu_k, options, kept_q, with_lse, same)
 
 
 class _Attention(torch.autograd.Function):

@@ -198,6 +198,45 @@ class _Call(NamedTuple):
     scalars: tuple[int | float, ...]
 
 
+def facts(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, with_lse: bool, given: Any
+) -> Any:
+    """All that a forward call depends on beyond its offsets; `given` are the options, in any form."""
+    q_at, k_at, v_at = q.data_ptr() & 15, k.data_ptr() & 15, v.data_ptr() & 15
+    return (
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+        q.get_device(), k.get_device(), v.get_device(), q_at, k_at, v_at, with_lse, given,
+        None if sinks is None else sinks.dtype,
+    )  # fmt: skip
+
+
+def again(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    kept: Kept | None,
+    with_lse: bool,
+    same: Any,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`forward`, where it was called before under the facts `same`; else None."""
+    call: _Call | None = _tiles.recall(kept, same, cu_q, cu_k)
+    return None if call is None else _launch(call, q, k, v, sinks, with_lse)
+
+
+def _launch(
+    call: _Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, with_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total, heads, width = q.shape
+    v_dim = v.shape[2]
+    o = torch.empty_like(q) if v_dim == width and q.is_contiguous() else q.new_empty((total, heads, v_dim))
+    lse = torch.empty((heads, total), dtype=torch.float32, device=o.device) if with_lse else o
+    call.launch(call.grid, (q, k, v, o if sinks is None else sinks, call.tiles, o, lse), call.scalars)
+    return o, lse
+
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -208,29 +247,24 @@ def forward(
     options: Options,
     kept: Kept | None,
     with_lse: bool = True,
+    same: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """O (T, H, D_v) in the dtype of q, and LSE (H, T), float32: every element is written.
 
-    Without `with_lse` the second one is O again.
+    Without `with_lse` the second one is O again. What was prepared is kept under the facts `same`, for `again`.
     """
-    q, k, v = _rows_dense(q), _rows_dense(k), _rows_dense(v)
-    shape, v_shape = q.shape, v.shape
-    o = torch.empty_like(q) if v_shape[2] == shape[2] and q.is_contiguous() else q.new_empty((*shape[:2], v_shape[2]))
-    lse = q.new_empty((shape[1], shape[0]), dtype=torch.float32) if with_lse else o
+    dense = _rows_dense(q), _rows_dense(k), _rows_dense(v)
     if sinks is not None:
         sinks = sinks.contiguous()
-    q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    odd = (q_at & 15, k_at & 15, v_at & 15) if (q_at | k_at | v_at) & 15 else None
-    facts = (
-        shape, v_shape, q.stride(), k.stride(), v.stride(), q.dtype, options, with_lse, odd,
-        None if sinks is None else sinks.dtype,
-    )  # fmt: skip
-    call: _Call | None = _tiles.recall(kept, facts, cu_q, cu_k)
+    copied = dense[0] is not q or dense[1] is not k or dense[2] is not v
+    if same is None or copied:
+        same = facts(*dense, sinks, with_lse, options)
+    q, k, v = dense
+    call: _Call | None = _tiles.recall(kept, same, cu_q, cu_k)
     if call is None:
         call = _prepare(q, k, v, sinks, cu_q, cu_k, options, kept, with_lse)
-        _tiles.keep(kept, facts, cu_q, cu_k, call)
-    call.launch(call.grid, (q, k, v, o if sinks is None else sinks, call.tiles, o, lse), call.scalars)
-    return o, lse
+        _tiles.keep(kept, same, cu_q, cu_k, call)
+    return _launch(call, q, k, v, sinks, with_lse)
 
 
 def _prepare(

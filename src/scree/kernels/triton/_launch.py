@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Launcher:
         ``num_warps``, ``num_stages`` and the like.
     """
 
-    __slots__ = ("_compiled", "_constants", "_device", "_kernel", "_options", "_values", "_workspace")
+    __slots__ = ("_constants", "_device", "_kernel", "_launches", "_options", "_values", "_workspace")
 
     def __init__(
         self, kernel: Any, device: int, constants: dict[str, Any], *, workspace: bool = False, **options: Any
@@ -53,7 +54,7 @@ class Launcher:
         self._values = tuple(constants.values())
         self._options = options
         self._workspace = workspace
-        self._compiled: dict[int, Any] = {}
+        self._launches: dict[int, Callable[..., None]] = {}
 
     def __call__(
         self, grid: tuple[int, int, int], tensors: tuple[torch.Tensor, ...], scalars: tuple[int | float, ...]
@@ -74,24 +75,60 @@ class Launcher:
         for pointer in pointers:
             bits |= pointer
         pattern = 0 if bits & 15 == 0 else sum(1 << i for i, pointer in enumerate(pointers) if pointer & 15) + 1
-        if self._workspace:
-            triton.set_allocator(_allocate)  # a context variable: the thread of autograd has its own
-        compiled = self._compiled.get(pattern)
-        if compiled is None:
-            self._compiled[pattern] = self._kernel[grid](*tensors, *scalars, **self._constants, **self._options)
+        launch = self._launches.get(pattern)
+        if launch is None:
+            if self._workspace:
+                triton.set_allocator(_allocate)  # a context variable: the thread of autograd has its own
+            compiled = self._kernel[grid](*tensors, *scalars, **self._constants, **self._options)
+            self._launches[pattern] = _direct(compiled, device) or _indirect(compiled, self._workspace)
             return
-        compiled.run(
-            *grid,
-            current_stream(device),
-            compiled.function,
-            compiled.packed_metadata,
-            None,
-            None,
-            None,
-            *pointers,
-            *scalars,
-            *self._values,
-        )
+        launch(grid, current_stream(device), (*pointers, *scalars, *self._values))
+
+
+def _indirect(compiled: Any, workspace: bool) -> Callable[..., None]:
+    """Launch a compiled kernel as Triton does."""
+
+    def launch(grid: tuple[int, int, int], stream: int, arguments: tuple[Any, ...]) -> None:
+        if workspace:
+            triton.set_allocator(_allocate)
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+    return launch
+
+
+def _direct(compiled: Any, device: int) -> Callable[..., None] | None:
+    """Launch it without Triton's own Python, by the function that it compiled for that; None where that is another."""
+    run = compiled.run
+    if not triton.__version__.startswith("3.6.") or type(run).__name__ != "CudaLauncher" or run.profile_scratch_size:
+        return None
+    call, function, metadata = run.launch, compiled.function, compiled.packed_metadata
+    cooperative, dependent, size = run.launch_cooperative_grid, run.launch_pdl, run.global_scratch_size * run.num_ctas
+
+    def launch(grid: tuple[int, int, int], stream: int, arguments: tuple[Any, ...]) -> None:
+        scratch = _scratch(device, stream, size * grid[0] * grid[1] * grid[2]) if size else None
+        call(
+            *grid, stream, function, cooperative, dependent, scratch, None, metadata, None, None, None, *arguments
+        )  # fmt: skip
+
+    return launch
+
+
+_SCRATCH: dict[tuple[int, int], torch.Tensor] = {}
+_MOST_SCRATCH = 1 << 20  # bytes that are kept for a stream
+
+
+def _scratch(device: int, stream: int, size: int) -> torch.Tensor:
+    """Memory for the descriptors that a kernel makes for itself, which the next one on the stream may overwrite.
+
+    A CUDA graph gets its own: it may be replayed on any stream, beside any other.
+    """
+    if size > _MOST_SCRATCH or torch.cuda.is_current_stream_capturing():
+        return torch.empty(size, dtype=torch.int8, device=torch.device("cuda", device))
+    kept = _SCRATCH.get((device, stream))
+    if kept is None:
+        kept = torch.empty(_MOST_SCRATCH, dtype=torch.int8, device=torch.device("cuda", device))
+        _SCRATCH[device, stream] = kept
+    return kept
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
