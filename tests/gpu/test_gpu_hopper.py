@@ -25,7 +25,7 @@ MANY = tuple(37 * i % 900 for i in range(150))
 WIDE = tuple(
     dataclasses.replace(case, dim=width, v_dim=width, lengths=EDGES, key_lengths=keys)
     for case in ATTENTION
-    if case.dim == case.v_dim and case.options.get("window_size", (None, None))[0] is None
+    if case.dim == case.v_dim
     for width in (64, 128)
     for keys in [EDGES if case.key_lengths == case.lengths else KEY_EDGES]
 )
@@ -77,7 +77,17 @@ def test_gradients_from_its_lse(width):
     )
 
 
-@pytest.mark.parametrize("options", [{}, CAUSAL, {"window_size": (None, 200)}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        CAUSAL,
+        {"window_size": (None, 200)},
+        {"causal": True, "window_size": (200, None)},
+        {"window_size": (150, 70)},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("width", [64, 128])
 def test_rows_do_not_see_their_company(width, options):
     case = Attention("", heads=4, kv_heads=2, dim=width, v_dim=width, lengths=MANY, key_lengths=MANY, options=options)

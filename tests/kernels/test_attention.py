@@ -70,6 +70,13 @@ def test_lse_changes_nothing(xp, implementation):
     assert_same_bits(xp.to_np(out.values), xp.to_np(with_lse.values))
 
 
+def test_permission_to_vary_changes_no_forward(xp, implementation):
+    case = BY_NAME["grouped"]
+    q, k, v, _ = case.make(xp)
+    out, free = (attend(q, k, v, implementation, deterministic=fixed, **case.options) for fixed in (True, False))
+    assert_same_bits(xp.to_np(out.values), xp.to_np(free.values))
+
+
 def check_gradients(xp, case, dtype, implementation):
     """Compare the gradients of outputs and LSE together."""
     q, k, v, sinks = case.make(xp, dtype)

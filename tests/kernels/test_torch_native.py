@@ -1,5 +1,7 @@
 """What the room torch_native promises beyond the suite: compilers, refusals, bits at sizes where libraries switch."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from scree import kernels
 from test_compilers import need
 
 pytestmark = [
+    pytest.mark.skipif(os.environ.get("SCREE_TORCH_DEVICE", "cpu") != "cpu", reason="the room is for the CPU"),
     pytest.mark.no_poison,
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # PyTorch's own
 ]
