@@ -142,7 +142,7 @@ def _launchers(
             "STAGES": config.stages,
             "HAS_RIGHT": has_right,
         }
-        flags = {"num_warps": 4, "enable_fp_fusion": True}
+        flags: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
         found = _LAUNCHERS[facts] = (
             Launcher(kernels._hopper_bwd_rows_kernel, device, around | {"DLSE": dlse is not None}, **flags),
             Launcher(kernels._hopper_bwd_kernel, device, constants, workspace=True, **flags),
