@@ -160,3 +160,16 @@ def test_is_reached_from_the_public_functions(monkeypatch, how):
     finally:
         torch.use_deterministic_algorithms(False)
     assert not calls
+
+
+def test_memcheck():
+    """A few launches for compute-sanitizer: hostile offsets, spare rows, grouped heads, keys without queries."""
+    arr = batch((65, 0, 1, 130), (4, 128), torch.bfloat16)
+    keys = batch((3, 70, 0, 200), (2, 128), torch.bfloat16, seed=1)
+    case = Attention("", heads=4, kv_heads=2, dim=128, v_dim=128, options=CAUSAL)
+    hostile = torch.tensor([0, 150, 20, 10**9, 5], dtype=torch.int32, device="cuda")
+    short = torch.tensor([0, 9, 30, 30, 100], dtype=torch.int32, device="cuda")
+    for cu_q, cu_k in ((arr.offsets, keys.offsets), (hostile, keys.offsets), (arr.offsets, hostile), (short, short)):
+        tensors = (arr.values, keys.values, keys.values, arr.values, None)
+        gradients(tensors, (cu_q, cu_k), options_of(case, False))
+    torch.cuda.synchronize()
