@@ -200,10 +200,12 @@ def pin_memory(x: Dense) -> Dense:
 def is_traced(*arrays: Dense) -> bool:
     if torch.compiler.is_compiling() or is_recorded():
         return True
-    for x in arrays:  # noqa: SIM110, in less time than a generator takes
-        if type(x) not in PLAIN or _is_wrapped(x) or _is_dual(x):
+    for x in arrays:
+        if type(x) not in PLAIN:
             return True
-    return False
+    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
+        return False
+    return any(_is_wrapped(x) or _is_dual(x) for x in arrays)
 
 
 def _is_wrapped(x: Dense) -> bool:

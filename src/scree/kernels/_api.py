@@ -164,7 +164,7 @@ def _facts(op: str, arrays: tuple[Array, ...], given: tuple[Any, ...]) -> Any:
         if type(arr) is not Array or arr._offsets is not first._offsets:
             return None
         values = arr._values
-        facts += (type(values), values.dtype, tuple(values.shape), arr._ragged_dim, xp.device_of(values))
+        facts += (type(values), values.dtype, values.shape, arr._ragged_dim, xp.device_of(values))
         every.append(values)
     if xp.is_traced(*every):
         return None

@@ -253,15 +253,15 @@ def forward(
 
     Without `with_lse` the second one is O again. What was prepared is kept under the facts `same`, for `again`.
     """
-    dense = _rows_dense(q), _rows_dense(k), _rows_dense(v)
     if sinks is not None:
         sinks = sinks.contiguous()
-    copied = dense[0] is not q or dense[1] is not k or dense[2] is not v
-    if same is None or copied:
-        same = facts(*dense, sinks, with_lse, options)
-    q, k, v = dense
+    if same is None:
+        same = facts(q, k, v, sinks, with_lse, options)
     call: _Call | None = _tiles.recall(kept, same, cu_q, cu_k)
     if call is None:
+        dense = _rows_dense(q), _rows_dense(k), _rows_dense(v)
+        if dense[0] is not q or dense[1] is not k or dense[2] is not v:
+            return forward(*dense, sinks, cu_q, cu_k, options, kept, with_lse)
         call = _prepare(q, k, v, sinks, cu_q, cu_k, options, kept, with_lse)
         _tiles.keep(kept, same, cu_q, cu_k, call)
     return _launch(call, q, k, v, sinks, with_lse)
