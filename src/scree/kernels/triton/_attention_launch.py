@@ -102,8 +102,8 @@ def _launcher(kernel: str, facts: _Facts) -> tuple[Launcher, Tiles]:
     if found is not None:
         return found
     width, itemsize, short = max(facts.head_dim, facts.v_dim), facts.dtype.itemsize, facts.regime == SHORT
-    shared = shared_memory(facts.device)
-    tiles = tiles_for(kernel, width, itemsize, short, shared)
+    device = shared_memory(facts.device), capability(facts.device)
+    tiles = tiles_for(kernel, width, itemsize, short, *device)
     group = facts.heads // facts.kv_heads
     programs, together = (facts.kv_heads, 1) if kernel == "dkv" else (facts.heads, group)
     constants: dict[str, Any] = {
@@ -124,7 +124,7 @@ def _launcher(kernel: str, facts: _Facts) -> tuple[Launcher, Tiles]:
     elif kernel == "dq":
         constants |= {"DLSE": facts.extra is not None}
     else:
-        constants |= {"BLOCK_ROWS": tiles_for("dq", width, itemsize, short, shared).rows}
+        constants |= {"BLOCK_ROWS": tiles_for("dq", width, itemsize, short, *device).rows}
     tma = facts.tma and tiles.tma
     constants |= {"PRECISION": "ieee", "TMA": tma, "WHOLE": tiles.whole}
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}

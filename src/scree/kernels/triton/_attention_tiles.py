@@ -67,16 +67,32 @@ _HALF = {
         (256, _both(64, 32, 8, 2, True, True)),
     ),
 }
+# Some of these spill; those that do not were measured to be no faster.
 _SINGLE = {
     "fwd": ((64, _both(32, 32, 4, 1)), (128, _both(32, 32, 8, 1)), (256, _both(16, 16, 4, 1))),
     "dq": ((64, _both(32, 32, 4, 1)), (128, _both(32, 32, 8, 1)), (256, _both(16, 16, 8, 1))),
     "dkv": ((64, _both(32, 32, 4, 1)), (128, _both(32, 32, 8, 1)), (256, _both(32, 16, 8, 1))),
 }
+# Where operands lie in registers rather than in shared memory, tiles that leave enough of them.
+_HALF_BEFORE_HOPPER = _HALF | {
+    "fwd": (*_HALF["fwd"][:-1], (256, _both(64, 64, 8, 2))),
+    "dq": (*_HALF["dq"][:-1], (256, _both(64, 32, 8, 2))),
+    "dkv": (*_HALF["dkv"][:-2], (128, _both(64, 32, 8, 2)), (256, _both(64, 32, 8, 2))),
+}
+_HALF_AMD = _HALF_BEFORE_HOPPER | {
+    "fwd": (*_HALF["fwd"][:-2], (128, _both(64, 32, 4, 1)), (256, _both(64, 32, 8, 1))),
+    "dq": (*_HALF["dq"][:-2], (128, _both(64, 32, 4, 1)), (256, _both(64, 32, 8, 1))),
+    "dkv": (*_HALF["dkv"][:-2], (128, _both(64, 32, 8, 1)), (256, _both(64, 32, 8, 1))),
+}
 
 
-def tiles_for(kernel: str, width: int, itemsize: int, short: bool, shared: int) -> Tiles:
-    """The tiles of a kernel for head dims up to `width`, cut down to `shared` bytes of shared memory a program."""
-    table = (_HALF if itemsize == 2 else _SINGLE)[kernel]
+def tiles_for(kernel: str, width: int, itemsize: int, short: bool, shared: int, capability: tuple[int, int]) -> Tiles:
+    """The tiles of a kernel for head dims up to `width`, cut down to `shared` bytes of shared memory a program.
+
+    `capability` is that of the device, (0, 0) for AMD.
+    """
+    half = _HALF if capability >= (9, 0) else _HALF_BEFORE_HOPPER if capability > (0, 0) else _HALF_AMD
+    table = (half if itemsize == 2 else _SINGLE)[kernel]
     tiles = next(pair[short] for widest, pair in table if width <= widest)
     head = max(16, triton.next_power_of_2(width)) * itemsize  # bytes
     held = head if kernel == "fwd" else 2 * head  # q; or q and do, or k and v
