@@ -89,17 +89,16 @@ def same_device(xp: Backend, x: Dense, y: Dense, name: str, beside: str) -> None
 
 def integers(xp: Backend, x: Dense, name: str) -> None:
     """Refuse anything but a 1-D array of integers."""
-    if not is_integer(xp.dtype_name(x)):
-        raise TypeError(f"{name}: got dtype {xp.dtype_name(x)}; needs integers")
+    dtype = xp.dtype_name(x)
+    if not is_integer(dtype):
+        raise TypeError(f"{name}: got dtype {dtype}; needs integers")
     if x.ndim != 1:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}; needs one axis")
-    if xp.dtype_name(x).startswith("uint"):
+    if dtype.startswith("uint"):
         try:
             _ = x[:1] - x[:1]
         except (NotImplementedError, RuntimeError):
-            raise TypeError(
-                f"{name}: {xp.NAME} cannot calculate with {xp.dtype_name(x)}; needs int32 or int64"
-            ) from None
+            raise TypeError(f"{name}: {xp.NAME} cannot calculate with {dtype}; needs int32 or int64") from None
 
 
 def host_offsets(offsets: HostInts, total: int, spare: bool) -> None:
@@ -121,8 +120,7 @@ def host_lengths(lengths: HostArray, total: int | None) -> HostInts:
     if lengths.size and lengths.min() < 0:
         i = int((lengths < 0).argmax())
         raise ValueError(f"lengths[{i}]: got {lengths[i]}; needs 0 or more")
-    got = int(lengths.sum(dtype=np.int64))
-    if total is not None and got != total:
+    if total is not None and (got := int(lengths.sum(dtype=np.int64))) != total:
         raise ValueError(f"lengths: they sum to {got}; needs {total}, the size of the ragged axis of values")
     return lengths
 

@@ -3,6 +3,7 @@
 import functools
 import math
 import operator
+import sys
 
 import numpy as np
 import pytest
@@ -121,14 +122,80 @@ def test_a_million_lengths():
     assert np.array_equal(np.sort(plan.bins.values), np.arange(len(lengths)))
 
 
-def test_steps_do_not_grow_with_equal_lengths(monkeypatch):
-    from scree.data import _planning
+def steps_of(monkeypatch, lengths, capacity, algo):
+    """Return how many steps the planner took."""
+    from scree.data import _fitting
 
-    steps = []
-    push = _planning.heappush
-    monkeypatch.setattr(_planning, "heappush", lambda heap, item: (steps.append(1), push(heap, item)))
-    plan_bins(np.full(100_000, 3), 100)
-    assert len(steps) < 10
+    taken = []
+    take = _fitting.take_steps
+    monkeypatch.setattr(_fitting, "take_steps", lambda *given: taken.append(take(*given)) or taken[-1])
+    plan_bins(lengths, capacity, algo)
+    monkeypatch.undo()
+    return len(taken[0]) // 3
+
+
+@pytest.mark.parametrize("algo", ["bfd", "ffd"])
+def test_steps_do_not_grow_with_equal_lengths(monkeypatch, algo):
+    assert steps_of(monkeypatch, np.full(100_000, 3), 100, algo) <= 2
+    lengths = np.random.default_rng(3).integers(1, 30, 1000)
+    once, often = (steps_of(monkeypatch, np.tile(lengths, times), 300, algo) for times in (10, 1000))
+    assert often < 3 * once
+
+
+@pytest.mark.parametrize("algo", ["bfd", "ffd"])
+def test_one_bin_takes_a_run_of_distinct_lengths_in_one_step(monkeypatch, algo):
+    assert steps_of(monkeypatch, np.arange(1, 200), 200 * 200, algo) == 1
+
+
+@PROPERTY
+@given(data=st.data())
+def test_room_and_lengths_may_be_larger_than_32_bits(data):
+    unit = 1 << data.draw(st.sampled_from([0, 16, 33, 44]))
+    lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=30))
+    small = plan_bins(lengths, 20)
+    large = plan_bins([n * unit for n in lengths], 20 * unit)
+    assert pieces_of(large) == [(row, 0, n * unit) for row, _, n in pieces_of(small)]
+    assert large.bins.offsets.tolist() == small.bins.offsets.tolist()
+
+
+@pytest.mark.engines
+class TestCompiled:
+    """The same bins, whatever takes the steps."""
+
+    @pytest.mark.parametrize("algo", ALGORITHMS)
+    @PROPERTY
+    @given(data=st.data())
+    def test_the_bins_are_the_same(self, algo, data):
+        capacity = data.draw(st.integers(1, 40))
+        lengths = data.draw(st.lists(st.integers(0, 60), max_size=60))
+        seed = data.draw(st.none() | st.integers(0, 3))
+        plain, compiled = (
+            plan_bins(lengths, capacity, algo, seed, too_long="split", implementation=name)
+            for name in ("numpy", "numba")
+        )
+        assert pieces_of(plain) == pieces_of(compiled)
+        assert plain.bins.offsets.tolist() == compiled.bins.offsets.tolist()
+
+    @pytest.mark.parametrize("algo", ["bfd", "ffd"])
+    @pytest.mark.parametrize(("mean", "capacity"), [(4, 700), (6, 8192), (13, 1 << 22)])
+    def test_on_many_lengths(self, algo, mean, capacity):
+        lengths = np.clip(np.random.default_rng(1).lognormal(mean, 1, 20_000), 0, capacity).astype(np.int64)
+        plain, compiled = (plan_bins(lengths, capacity, algo, implementation=name) for name in ("numpy", "numba"))
+        assert pieces_of(plain) == pieces_of(compiled)
+
+    def test_lengths_that_cannot_be_written_to(self):
+        lengths = np.array([5, 3, 8, 2, 6])[::1]
+        lengths.flags.writeable = False
+        plans = [plan_bins(given_, 8, implementation="numba") for given_ in (lengths, lengths.repeat(2)[::2])]
+        assert [[row.tolist() for row in plan] for plan in plans] == [[[2], [4, 3], [0, 1]]] * 2
+
+
+def test_compiled_without_numba(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with raises(ImportError, "plan_bins: needs numba", 'pip install "scree[numba]"'):
+        plan_bins([3], 8, implementation="numba")
+    with raises(ValueError, "implementation: got 'c'; needs one of 'numpy', 'numba'"):
+        plan_bins([3], 8, implementation="c")
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)

@@ -1,28 +1,27 @@
 """Which sequences share a bin of fixed capacity.
 
-Sequences of equal length are interchangeable, and so are bins with equal room. Best fit and first fit therefore move
-whole groups: for each distinct length, in decreasing order, each group of bins is filled with as many as it holds. A
-bin that took all it can of one length has less than half of its room left, so that a group is touched at most
-log2(capacity) times, and the number of steps depends on the distinct lengths instead of the sequences.
+The work of best fit and first fit is in `_fitting`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
 from typing import Any, Literal
 
 import numpy as np
 
 from .. import _check, _layout, _offsets
 from .._array import Array, expect_array, from_host_offsets
-from .._backends import Dense, find_backend
+from .._backends import Dense, find_backend, load
 from .._backends._protocol import HostInts
 from .._rows import numbers
+from ..bridges._handover import library
+from ._fitting import fit_decreasing
 
 ALGORITHMS = ("bfd", "ffd", "wrapped", "split")
 TOO_LONG = ("error", "split", "drop")
+IMPLEMENTATIONS = ("numpy", "numba")
 
 _RUN = 16  # tokens a piece, from which copying whole pieces is quicker than an index of every token
 
@@ -166,6 +165,7 @@ def plan_bins(
     seed: int | None = None,
     *,
     too_long: Literal["error", "split", "drop"] | None = None,
+    implementation: Literal["numpy", "numba"] = "numpy",
 ) -> Plan:
     """Plan which sequences share a bin of `capacity` tokens.
 
@@ -187,6 +187,9 @@ def plan_bins(
     too_long : str, optional
         What is done with a sequence above the capacity: ``"error"`` (as ``"bfd"`` and ``"ffd"`` do unless said),
         ``"split"`` (as the other two do) or ``"drop"``. What was cut or dropped is counted in the `Plan`.
+    implementation : str, optional
+        ``"numba"`` takes the same steps to the same bins, compiled: worth it for many plans of thousands of sequences
+        each. The first plan on a machine waits for the compiler, the first of a process for what it left on disk.
 
     Returns
     -------
@@ -197,11 +200,13 @@ def plan_bins(
     ------
     TypeError, ValueError
         An argument is not as described, or a sequence is too long.
+    ImportError
+        numba is asked for, and is missing.
 
     Notes
     -----
-    O(N log N) for sorting, and O(D log C log D) beyond it for D distinct lengths and the capacity C. Lengths on a
-    device are copied to the host once.
+    O(N) for sorting by digits, and O(S log S) beyond it for S steps, each a run of sequences into one bin, or of one
+    length into bins that are alike. Lengths on a device are copied to the host once.
 
     Examples
     --------
@@ -218,40 +223,48 @@ def plan_bins(
     if too_long is None:
         too_long = "split" if algo in ("split", "wrapped") else "error"
     one_of("too_long", too_long, TOO_LONG)
-    order = np.arange(len(sizes)) if seed is None else generator(seed).permutation(len(sizes))
-    above = sizes > room
+    one_of("implementation", implementation, IMPLEMENTATIONS)
+    compiled = implementation == "numba"
+    if compiled:
+        library("plan_bins", "numba", "numba")
+    rows = None if seed is None else generator(seed).permutation(len(sizes))  # None: all, as they come
     dropped = np.zeros(0, np.int64)
-    if above.any():
+    longest = int(sizes.max(initial=0))
+    if longest > room and too_long != "split":
+        above = sizes > room
         if too_long == "error":
             i = int(above.argmax())
             raise ValueError(
                 f"lengths[{i}]: got {sizes[i]}, above the capacity of {room}; {int(above.sum())} of {len(sizes)} are; "
                 "too_long='split' cuts them, too_long='drop' leaves them out"
             )
-        if too_long == "drop":
-            dropped, order = np.flatnonzero(above), order[~above[order]]
+        dropped, longest = np.flatnonzero(above), room
+        rows = np.flatnonzero(~above) if rows is None else rows[~above[rows]]
+    parts, starts = sizes if rows is None else sizes[rows], None  # None: each from its beginning
     if algo == "wrapped":
-        rows, starts, parts, bins = _cut(order, sizes[order], room, joined=True)
+        rows, starts, parts, bins = _cut(rows, parts, room, joined=True)
+        members, fill = np.arange(len(rows)), np.bincount(bins)
     else:
-        rows, starts, parts, _ = _cut(order, sizes[order], room, joined=False)
-        longest_first = stable_order(int(parts.max(initial=0)) - parts)
-        rows, starts, parts = rows[longest_first], starts[longest_first], parts[longest_first]
-        bins = _fit_decreasing(parts, room, best=algo != "ffd")
-    n_bins = int(bins.max()) + 1 if len(bins) else 0
+        if longest > room:
+            rows, starts, parts, _ = _cut(rows, parts, room, joined=False)
+        members, fill = fit_decreasing(parts, min(longest, room), room, algo != "ffd", compiled)
+    offsets = _offsets.from_lengths(fill)
     if seed is not None:
-        bins = generator(seed + 1).permutation(n_bins)[bins]
-    by_bin = stable_order(bins)
-    offsets = _offsets.from_lengths(np.bincount(bins, minlength=n_bins))
-    return Plan(Array(rows[by_bin], offsets), starts[by_bin], parts[by_bin], room, dropped, algo)
+        chosen = np.argsort(generator(seed + 1).permutation(len(fill)))
+        begins, offsets = offsets[chosen], _offsets.from_lengths(fill[chosen])
+        members = members[_offsets.gather_index(begins, offsets)]
+    bins = from_host_offsets(load("numpy"), members if rows is None else rows[members], offsets, 0)
+    starts = np.zeros(len(members), np.int64) if starts is None else starts[members]
+    return Plan(bins, starts, parts[members], room, dropped, algo)
 
 
-def _cut(rows: HostInts, lengths: HostInts, room: int, joined: bool) -> tuple[HostInts, HostInts, HostInts, HostInts]:
+def _cut(
+    rows: HostInts | None, lengths: HostInts, room: int, joined: bool
+) -> tuple[HostInts, HostInts, HostInts, HostInts]:
     """Cut at the multiples of `room` of each sequence, or of all of them joined.
 
     Returns for each piece: its sequence, where it begins there, its length, and the multiple that it lies behind.
     """
-    if not joined and not (lengths > room).any():
-        return rows, np.zeros(len(rows), np.int64), lengths, np.zeros(len(rows), np.int64)
     ends = np.cumsum(lengths) if joined else lengths
     begins = ends - lengths
     last = max(-(-int(ends[-1]) // room) - 1, 0) if joined and len(ends) else np.iinfo(np.int64).max
@@ -261,85 +274,19 @@ def _cut(rows: HostInts, lengths: HostInts, room: int, joined: bool) -> tuple[Ho
     bins = np.repeat(first_bin, counts) + places
     begin, end = np.repeat(begins, counts), np.repeat(ends, counts)
     start = np.maximum(begin, bins * room)
-    return np.repeat(rows, counts), start - begin, np.minimum(end, (bins + 1) * room) - start, bins
-
-
-def _fit_decreasing(lengths: HostInts, capacity: int, best: bool) -> HostInts:
-    """The bin of each of these falling lengths, none above the capacity: the best one that fits, or the first one.
-
-    Among equally good bins it is the first. Empty sequences go into bin 0.
-    """
-    if len(lengths) == 0:
-        return np.zeros(0, np.int64)
-    changes = np.flatnonzero(np.diff(lengths)) + 1
-    begins = np.concatenate([np.zeros(1, np.int64), changes, np.full(1, len(lengths))])
-    groups = zip(lengths[begins[:-1]].tolist(), np.diff(begins).tolist(), strict=True)
-    shortest = max(int(lengths[-1]), 1)
-    able: list[tuple[int, int, int, int]] = []  # (what is asked first, first bin, bins, room): hold the length at hand
-    later: list[tuple[int, int, int]] = []  # (-room, first bin, bins): hold shorter ones
-    moves: list[tuple[int, int, int]] = []  # (first bin, bins, sequences in each)
-    n_bins = 0
-
-    def put(first: int, count: int, room: int) -> None:
-        if room >= length:
-            heappush(able, (room if best else first, first, count, room))
-        elif room >= shortest:
-            heappush(later, (-room, first, count))
-
-    for length, left in groups:
-        if length == 0:
-            moves.append((0, 1, left))
-            break
-        while later and -later[0][0] >= length:
-            negative, first, count = heappop(later)
-            put(first, count, -negative)
-        while left:
-            if able:
-                _, first, count, room = heappop(able)
-            else:
-                first, room = n_bins, capacity
-                count = -(-left // (room // length))
-                n_bins += count
-            each = room // length
-            full = min(count, left // each)
-            if full:
-                moves.append((first, full, each))
-                left -= full * each
-                put(first, full, room - each * length)
-            if full < count:
-                if left:
-                    moves.append((first + full, 1, left))
-                    put(first + full, 1, room - left * length)
-                    left, full = 0, full + 1
-                if full < count:
-                    put(first + full, count - full, room)
-    return _bins_of(np.array(moves, np.int64))
-
-
-def _bins_of(moves: HostInts) -> HostInts:
-    """The bin of each sequence from moves (first bin, bins, sequences in each) of the sequences in their order."""
-    first, _, each = moves.T
-    counts = moves[:, 1] * each
-    places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(first, counts) + places // np.repeat(each, counts)
-
-
-def stable_order(keys: HostInts) -> HostInts:
-    """The stable order that sorts integers of 0 and more; NumPy sorts 16-bit ones by their digits, in one pass."""
-    top = int(keys.max(initial=0))
-    if top < 1 << 16:
-        return np.argsort(keys.astype(np.uint16), kind="stable")
-    if top >= 1 << 32:
-        return np.argsort(keys, kind="stable")
-    order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")
-    return order[np.argsort((keys >> 16).astype(np.uint16)[order], kind="stable")]
+    return (
+        np.repeat(np.arange(len(lengths)) if rows is None else rows, counts),
+        start - begin,
+        np.minimum(end, (bins + 1) * room) - start,
+        bins,
+    )
 
 
 def host_lengths(op: str, lengths: Any) -> HostInts:
     """Lengths from a list, an array of any framework or an Array, checked, as int64 on the host."""
     if isinstance(lengths, Array):
         return np.diff(lengths._host_offsets(op)).astype(np.int64, copy=False)
-    xp = find_backend(lengths)
+    xp = None if isinstance(lengths, np.ndarray) else find_backend(lengths)
     if xp is not None:
         _check.integers(xp, lengths, "lengths")
         lengths = xp.to_host(lengths)
