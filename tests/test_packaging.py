@@ -54,6 +54,28 @@ def test_importing_scree_imports_numpy_only():
     assert imported_by("import scree") - imported_by("import numpy") == {"scree"}
 
 
+def test_scree_data_is_imported_when_it_is_asked_for():
+    def loaded(program):
+        watched = f"import sys\n{program}\nprint('scree.data' in sys.modules, 'zipfile' in sys.modules)"
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", watched], capture_output=True, text=True, timeout=240, check=True
+        )
+        return done.stdout.split()
+
+    assert loaded("import scree; assert 'data' in dir(scree) and 'pack' in dir(scree)") == ["False", "False"]
+    for program in (
+        "import scree; scree.data.plan_bins([1], 1)",
+        "from scree import data",
+        "from scree import *; data.save",
+    ):
+        assert loaded(program) == ["True", "True"]
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'scree' has no attribute 'datas'"):
+        scree.datas  # noqa: B018
+
+
 def test_the_check_on_imports_can_fail():
     assert "_pytest" in imported_by("import pytest")
 

@@ -1,6 +1,9 @@
 """Ragged arrays for every framework: one type for variable-length sequences, and the kernels that run on it."""
 
-from . import bridges, data, kernels
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import bridges, kernels
 from ._array import Array
 from ._packing import (
     concat,
@@ -15,6 +18,9 @@ from ._packing import (
 from ._padding import from_padded, to_padded
 from ._plot import plot
 from ._version import __version__
+
+if TYPE_CHECKING:
+    from . import data
 
 __all__ = [
     "Array",
@@ -34,3 +40,14 @@ __all__ = [
     "unpack",
     "with_capacity",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `scree.data` when it is first asked for: programs that only compute do not wait for it."""
+    if name == "data":
+        return importlib.import_module(".data", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "data"})
