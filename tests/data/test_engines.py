@@ -189,6 +189,43 @@ def test_a_driver_that_is_killed_is_resumed(tmp_path):
     assert same == "True"
 
 
+def test_a_task_that_holds_every_cpu_is_told_so(cluster, tmp_path):
+    def inner(folder):
+        import ray
+
+        dataset = ray.data.from_items([{"ids": [1, 2]}, {"ids": [3]}])
+        try:
+            return pack(dataset, "ids", 4, folder).bins
+        except RuntimeError as told:
+            return str(told)
+
+    told = cluster.get(cluster.remote(num_cpus=2)(inner).remote(tmp_path / "a"))
+    assert "pack: the Ray task that calls it holds 2 of the 2 CPUs" in told
+    assert "needs num_cpus=0 for that task" in told
+    assert cluster.get(cluster.remote(num_cpus=0)(inner).remote(tmp_path / "b")) == 1
+
+
+def test_a_cluster_of_one_cpu(tmp_path):
+    program = f"""
+        import ray
+        import test_engines as here
+        from scree.data.ray import pack
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
+        class Same:
+            def __call__(self, batch):
+                return batch
+        text = here._table([{{"text": text}} for text in here.texts(300)])
+        dataset = ray.data.from_arrow(text).map_batches(Same, concurrency=1, batch_format="pyarrow").repartition(4)
+        done = pack(dataset, "text", 64, {str(tmp_path / "out")!r}, tokenize=here.tokenize, batch_size=50)
+        print(done.rows, sorted(here.sequences(done.path)) == sorted(here.tokenize(here.texts(300))))
+        ray.shutdown()
+    """
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == ["303", "True"]
+
+
 def test_token_lists_nulls_and_what_is_too_long(cluster, tmp_path):
     dataset = cluster.data.from_arrow(_table([{"ids": [1] * 9}, {"ids": None}, {"ids": [2]}]))
     with raises(ValueError, "pack_table: row 1 of 'ids' is null"):

@@ -110,6 +110,8 @@ def pack(
     TypeError, ValueError
         An argument is not as described, a row is null, too long or of another type; or the folder holds what was packed
         with other arguments.
+    RuntimeError
+        A worker failed in another way; or `pack` is called in a Ray task that holds every CPU of the cluster.
 
     Notes
     -----
@@ -126,6 +128,7 @@ def pack(
         one_of("too_long", too_long, TOO_LONG)
     one_of("nulls", nulls, ("error", "drop"))
     at_least_one("batch_size", batch_size)
+    _require_a_free_cpu(ray)
     schema = dataset.schema()
     if schema is not None and column not in schema.names:
         raise ValueError(f"column: got {column!r}; the dataset has {', '.join(map(repr, schema.names))}")
@@ -154,6 +157,20 @@ def pack(
         finally:
             ordered.preserve_order = before
     return _commit(folder, settings, done)
+
+
+def _require_a_free_cpu(ray: Any) -> None:
+    """Refuse to wait for ever, in a task that holds all the CPUs that the tasks of the dataset need."""
+    try:
+        held = ray.get_runtime_context().get_assigned_resources().get("CPU", 0)
+    except AssertionError:  # Ray's way to say that this is the program itself, which holds none
+        return
+    there = ray.cluster_resources().get("CPU", 0)
+    if there - held < 1:
+        raise RuntimeError(
+            f"pack: the Ray task that calls it holds {held:g} of the {there:g} CPUs of the cluster, and none is left to "
+            "read and pack; needs num_cpus=0 for that task"
+        )
 
 
 def _prepare(folder: Path, settings: dict[str, Any]) -> None:
