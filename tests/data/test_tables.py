@@ -122,6 +122,11 @@ def test_bad_tables():
         ((table, "ids", 4, list), TypeError, ("pack_table: column 'ids' is of type list", "tokenize needs texts")),
         ((table, "text", 4, give([])), ValueError, ("tokenize gave 0 sequences for 1 texts; needs one each",)),
         ((table, "text", 4, give([[0.5]])), TypeError, ("tokenize gave float64 (1,) for text 0",)),
+        (
+            (table, "text", 4, give([[2**31]])),
+            ValueError,
+            ("tokenize gave tokens from 2147483648 to 2147483648; needs what int32 holds",),
+        ),
         ((table, "text", 4, give("ab")), TypeError, ("tokenize gave str; needs a list of lists",)),
         ((table, "text", 4, give({"input_ids": [[1]]})), TypeError, ("tokenize gave dict; needs a list of lists",)),
         ((pa.table({"t": bad}), "t", 4, list), ValueError, ("pack_table: column 't' holds a text that is not UTF-8",)),

@@ -20,6 +20,7 @@ Tokenize = Callable[[list[str]], Any]
 LENGTHS = "lengths"
 COUNTS = ("rows", "tokens", "bins", "split", "dropped", "nulls")
 KEY = b"scree.pack"
+_INT32 = np.iinfo(np.int32)
 
 
 def pack_table(
@@ -186,6 +187,11 @@ def _joined(made: Any) -> Array:
             raise TypeError(
                 f"pack_table: tokenize gave {array.dtype.name} {array.shape} for text {i}; needs a list of integers"
             )
-        rows.append(array.astype(np.int32))
+        rows.append(array)
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    return Array(np.concatenate([np.zeros(0, np.int32), *rows]), _offsets.from_lengths(lengths))
+    values = np.concatenate(rows) if rows else np.zeros(0, np.int32)
+    if values.size and not (_INT32.min <= values.min() and values.max() <= _INT32.max):
+        raise ValueError(
+            f"pack_table: tokenize gave tokens from {values.min()} to {values.max()}; needs what int32 holds"
+        )
+    return Array(values.astype(np.int32, copy=False), _offsets.from_lengths(lengths))
