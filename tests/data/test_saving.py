@@ -1,5 +1,7 @@
 """Saving and loading: what comes back, from files of scree and of others, and what bad input gets."""
 
+import gc
+import os
 import pickle
 import subprocess
 import sys
@@ -258,33 +260,74 @@ def test_a_corpus_gives_rows(suffix, tmp_path):
         rows.lengths()
 
 
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="no preadv here")
 @pytest.mark.parametrize("suffix", PLAIN)
-def test_a_corpus_asks_for_the_pages_of_a_row(suffix, tmp_path, monkeypatch):
-    import mmap
+def test_a_corpus_reads_a_row_with_one_call_for_what_it_holds(suffix, tmp_path, monkeypatch):
+    lengths = np.array([10_000, 0, 3, 5_000])
+    arr = scree.from_lengths(np.arange(2 * lengths.sum()).reshape(-1, 2), lengths)
+    save(tmp_path / f"a{suffix}", {"first": np.arange(4), "x": arr})
+    rows = Corpus(tmp_path / f"a{suffix}")
+    calls = []
+    real = os.preadv
 
+    def recording(file, buffers, at):
+        calls.append(sum(map(len, buffers)))
+        return real(file, [buffer[:50_000] for buffer in buffers], at)  # as a system that gives less than was asked for
+
+    monkeypatch.setattr(os, "preadv", recording)
+    for i in range(4):
+        row = rows[i]["x"]
+        assert_same_bits(row, arr[i])
+        row += 1  # its own, and so writeable
+        assert_same_bits(rows[i]["x"], arr[i])
+    for i in (2, 3):
+        calls.clear()
+        assert rows[i]["x"].shape == (lengths[i], 2)
+        assert calls == [48] if i == 2 else [80_000, 30_000]
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="no preadv here")
+@pytest.mark.parametrize("suffix", PLAIN)
+def test_a_corpus_that_is_cut_short_or_replaced_while_it_is_open(suffix, tmp_path, monkeypatch):
     from scree.data import _corpus
 
-    asked = []
+    path = tmp_path / f"a{suffix}"
+    arr = scree.from_lengths(np.arange(60_000), [20_000, 40_000])
+    save(path, arr)
+    rows = Corpus(path)
+    save(
+        path, scree.from_lengths(np.zeros(3, int), [1, 2])
+    )  # takes the place of the file, which lives on while it is open
+    assert_same_bits(rows[1], arr[1])
+    save(path, arr)
+    rows = Corpus(path)
+    os.truncate(path, 100_000)
+    with raises(ValueError, "Corpus: ", "was truncated after it was opened: row 1 is not in it any more"):
+        rows[1]
+    save(path, arr)
 
-    class Recording(mmap.mmap):
-        def madvise(self, option, *span):
-            asked.append((option, *span))
+    def replacing(*given, **options):
+        found = load(*given, **options)
+        save(path, arr)
+        return found
 
-    monkeypatch.setattr(mmap, "mmap", Recording)
-    monkeypatch.setattr(_corpus.mmap, "mmap", Recording)
-    lengths = np.array([10_000, 0, 3, 5_000])
-    arr = scree.from_lengths(np.arange(lengths.sum()), lengths)
-    save(tmp_path / f"a{suffix}", arr)
-    rows = Corpus(tmp_path / f"a{suffix}")
-    assert asked == [(mmap.MADV_RANDOM,)]
-    for i in range(4):
-        assert_same_bits(rows[i], arr[i])
-    assert len(asked) == 4  # none for the empty row
-    for (option, start, length), n in zip(asked[1:], (10_000, 3, 5_000), strict=True):
-        assert option == mmap.MADV_WILLNEED
-        assert start % mmap.PAGESIZE == 0
-        assert 8 * n <= length < 8 * n + mmap.PAGESIZE
-        assert start + length <= (tmp_path / f"a{suffix}").stat().st_size
+    monkeypatch.setattr(_corpus, "load", replacing)
+    with raises(ValueError, "was replaced while it was opened; open it again"):
+        Corpus(path)
+
+
+def test_an_open_corpus_holds_one_file(tmp_path):
+    here = Path("/proc/self/fd")
+    if not here.is_dir():
+        pytest.skip("no /proc")
+    save(tmp_path / "a.npz", scree.from_lengths(np.arange(5), [2, 3]))
+    gc.collect()
+    before = len(list(here.iterdir()))
+    rows = [Corpus(tmp_path / "a.npz") for _ in range(20)]
+    assert rows[0][1].tolist() == [2, 3, 4]
+    del rows
+    gc.collect()
+    assert len(list(here.iterdir())) == before
 
 
 def test_a_corpus_of_one_array(tmp_path):

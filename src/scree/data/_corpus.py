@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
+import math
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ class Corpus:
 
     Notes
     -----
-    Pickling keeps the path alone, so that worker processes map the same file instead of being sent it. Rows are views
-    of the mapping, and read-only. Of `.safetensors` and `.npz` the pages of a row, and no more, are asked for at once.
+    Pickling keeps the path alone, so that worker processes open the same file instead of being sent it. Rows of an Array
+    in `.safetensors` and `.npz` are read one by one, each with one call of the system for what it holds and no more, into
+    arrays of their own. Rows of `.arrow`, and all rows on Windows, are views of the mapping, and read-only; so is what
+    `fields` has.
 
     Examples
     --------
@@ -47,6 +50,7 @@ class Corpus:
     def __init__(self, path: str | os.PathLike[str], fields: Iterable[str] | None = None) -> None:
         self._path = Path(path).absolute()
         self._wanted = fields if fields is None or isinstance(fields, str) else list(fields)
+        before = self._path.stat() if self._path.is_file() else None
         found = load(path, mmap=True, fields=self._wanted)
         self._single = isinstance(found, Array)
         self.fields: dict[str, Any] = {"": found} if self._single else found
@@ -57,7 +61,14 @@ class Corpus:
                 f"Corpus: the fields of '{path}' have different numbers of rows ({told}); fields=[...] chooses"
             )
         self._n_rows = next(iter(rows.values()), 0)
-        self._rows = {name: _indexable(field) for name, field in self.fields.items()}
+        self._rows = {name: field.__getitem__ for name, field in self.fields.items()}
+        if hasattr(os, "preadv"):
+            file = os.open(self._path, os.O_RDONLY)
+            weakref.finalize(self, os.close, file)
+            if before is None or not _same_file(before, os.fstat(file)):
+                raise ValueError(f"Corpus: '{path}' was replaced while it was opened; open it again")
+            readers = {name: _reader(self._path, file, field) for name, field in self.fields.items()}
+            self._rows |= {name: read for name, read in readers.items() if read is not None}
 
     def lengths(self, field: str | None = None) -> HostInts:
         """(B,), integer: the lengths of the rows of an Array in the corpus; its name may be left out where it is alone."""
@@ -95,38 +106,36 @@ class Corpus:
         return f"Corpus('{self._path.name}', {self._n_rows} rows{names})"
 
 
-def _indexable(field: Any) -> Any:
-    """A function from a row number, in range, to the row: for an Array without what its own indexing checks."""
-    if not isinstance(field, Array) or field.ragged_dim != 0:
-        return field.__getitem__
-    values, offsets = field.values, field.offsets
-    ask_for = _asker(values)
-
-    def row_of(row: int) -> Any:
-        found = values[offsets[row] : offsets[row + 1]]
-        ask_for(found)
-        return found
-
-    return row_of
+def _same_file(a: os.stat_result, b: os.stat_result) -> bool:
+    return (a.st_dev, a.st_ino, a.st_size, a.st_mtime_ns) == (b.st_dev, b.st_ino, b.st_size, b.st_mtime_ns)
 
 
-def _asker(values: HostArray) -> Callable[[HostArray], None]:
-    """A function that asks the system for the pages of a row at once, of values that are mapped.
+def _reader(path: Path, file: int, field: Any) -> Callable[[int], HostArray] | None:
+    """A function that reads a row of an Array from the open file; None where it is no plain piece of the file.
 
-    What is near a row is read ahead otherwise, which for rows in random order is read in vain.
+    A mapping would wait for its pages one by one, or read ahead what random rows do not need.
     """
-    mapping: Any = values
-    while getattr(mapping, "base", None) is not None:
-        mapping = mapping.base
-    if not isinstance(mapping, mmap.mmap) or not hasattr(mmap, "MADV_RANDOM"):
-        return lambda _: None
-    begin = np.frombuffer(mapping, np.uint8).ctypes.data
-    mapping.madvise(mmap.MADV_RANDOM)
+    if not isinstance(field, Array) or field.ragged_dim != 0 or not field.values.flags.c_contiguous:
+        return None
+    values, offsets = field.values, field.offsets.copy()  # a mapping that is cut short ends the program
+    mapped: Any = values
+    while mapped is not None and not isinstance(mapped, np.memmap):
+        mapped = getattr(mapped, "base", None)
+    if mapped is None:
+        return None
+    begin = mapped.offset + values.ctypes.data - mapped.ctypes.data
+    dtype, features = values.dtype, values.shape[1:]
+    wide = dtype.itemsize * math.prod(features)
 
-    def ask(row: HostArray) -> None:
-        if row.nbytes:
-            start = row.ctypes.data - begin
-            page = start - start % mmap.PAGESIZE
-            mapping.madvise(mmap.MADV_WILLNEED, page, start + row.nbytes - page)
+    def read(row: int) -> HostArray:
+        first, end = offsets[row : row + 2].tolist()
+        found = np.empty((end - first) * wide, np.uint8)
+        at, left = 0, found.data
+        while at < len(found):
+            got = os.preadv(file, [left[at:]], begin + first * wide + at)
+            if got == 0:
+                raise ValueError(f"Corpus: '{path}' was truncated after it was opened: row {row} is not in it any more")
+            at += got
+        return found.view(dtype).reshape(end - first, *features)
 
-    return ask
+    return read
