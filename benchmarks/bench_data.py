@@ -1,7 +1,7 @@
 """`scree.data` beside the packages that plan, pad and pack today.
 
-Peers are installed beside the environment: trl, axolotl (without its dependencies), binpacking. What they return is
-looked at before they are timed: every sequence once, no bin over-full.
+Peers are installed beside the environment: trl, axolotl (without its dependencies), binpacking, datasets; and numba and
+Ray. What they return is looked at before they are timed: every sequence once, no bin over-full.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-PACKAGES = ("scree", "numpy", "torch", "trl", "axolotl", "binpacking", "pyarrow")
+PACKAGES = ("scree", "numpy", "numba", "torch", "trl", "axolotl", "binpacking", "pyarrow", "ray", "datasets")
 CAPACITY = 2048
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 _QUADRATIC_UP_TO = 10_000  # lengths: binpacking looks at every bin for every one
 _PACKED_UP_TO = 100_000  # sequences: TRL takes minutes beyond
 _LONG = 20.0  # seconds
 _CORPUS_BYTES = 10 * 10**9
+_TEXTS, _FILES = 120_000, 24
 
 
 def rows(sizes: tuple[int, ...], seconds: float) -> Iterator[dict[str, Any]]:
@@ -36,6 +37,7 @@ def rows(sizes: tuple[int, ...], seconds: float) -> Iterator[dict[str, Any]]:
     for mean in (4, 6):
         yield from _collating(mean, seconds)
     yield from _opening()
+    yield from _engines()
 
 
 def _lengths(n: int) -> Any:
@@ -99,7 +101,9 @@ def _planning(n: int, seconds: float) -> Iterator[dict[str, Any]]:
 
     contenders: dict[str, Callable[[], Any]] = {
         "scree bfd": lambda: plan_bins(lengths, CAPACITY),
+        "scree bfd, numba": lambda: plan_bins(lengths, CAPACITY, implementation="numba"),
         "scree ffd": lambda: plan_bins(lengths, CAPACITY, "ffd"),
+        "scree ffd, numba": lambda: plan_bins(lengths, CAPACITY, "ffd", implementation="numba"),
         "axolotl": axolotl,
         "axolotl, sorted": lambda: axolotl(lengths[falling]),
     }
@@ -107,8 +111,7 @@ def _planning(n: int, seconds: float) -> Iterator[dict[str, Any]]:
         given = dict(enumerate(lengths.tolist()))
         contenders["binpacking"] = lambda: to_constant_volume(given, CAPACITY)
     notes = {
-        "scree bfd": _check_bins(list(contenders["scree bfd"]()), lengths),
-        "scree ffd": _check_bins(list(contenders["scree ffd"]()), lengths),
+        **{name: _check_bins(list(run()), lengths) for name, run in contenders.items() if name.startswith("scree")},
         "axolotl": _check_bins(axolotl(), lengths),
         "axolotl, sorted": _check_bins(contenders["axolotl, sorted"](), lengths[falling]),
     }
@@ -215,6 +218,78 @@ def _opening() -> Iterator[dict[str, Any]]:
             found[name] = _summary(values)
             notes[name] = f"{size / statistics.median(values) / 1e6:.0f} MB/s"
         yield from _rows("1,000 random rows, not in the cache", work, found, notes)
+
+
+def _numbered(texts: list[str]) -> list[Any]:
+    """Number the words of texts: a tokenizer in Python, called once a block."""
+    known: dict[str, int] = {}
+    return [np.array([known.setdefault(word, len(known)) for word in text.split()], np.int32) for text in texts]
+
+
+def _engines() -> Iterator[dict[str, Any]]:
+    """Tokenise and pack texts from Parquet files: on Ray's workers, and in the processes of datasets' `map`."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.compute
+    import pyarrow.parquet as pq
+    import ray
+
+    from scree.data import pack_table
+    from scree.data.ray import pack
+
+    datasets.disable_progress_bars()
+    rng, words = np.random.default_rng(0), np.array([f"word{i}" for i in range(5000)])
+    lengths = _lengths(_TEXTS)
+    texts = np.split(words[rng.integers(0, len(words), int(lengths.sum()))], np.cumsum(lengths)[:-1])
+    block = _TEXTS // _FILES
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=500_000_000)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        source.mkdir()
+        for i in range(_FILES):
+            rows_of = [" ".join(text) for text in texts[i * block : (i + 1) * block]]
+            pq.write_table(pa.table({"text": rows_of}), source / f"{i:02}.parquet")
+        given = datasets.load_dataset(str(source), split="train", cache_dir=f"{folder}/cache").with_format("arrow")
+        packing = {"column": "text", "capacity": CAPACITY, "tokenize": _numbered}
+
+        def require(tokens: int) -> int:
+            if tokens != lengths.sum():
+                raise SystemExit("tokens were lost or doubled")
+            return tokens
+
+        def on_ray(workers: int) -> int:
+            dataset = ray.data.read_parquet(str(source))
+            dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=workers)
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                packed = pack(dataset, "text", CAPACITY, f"{out}/bins", tokenize=_numbered, batch_size=block)
+            return require(packed.tokens)
+
+        def on_datasets(workers: int) -> int:
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                packed = given.map(
+                    pack_table, batched=True, batch_size=block, fn_kwargs=packing, remove_columns=["text"],
+                    num_proc=None if workers == 1 else workers, load_from_cache_file=False,
+                    cache_file_name=f"{out}/bins.arrow",
+                )  # fmt: skip
+                return require(len(pa.compute.list_flatten(packed.with_format("arrow")[:]["input_ids"])))
+
+        contenders: dict[str, Callable[[], Any]] = {
+            "scree.data.ray.pack, 1 worker": lambda: on_ray(1),
+            "scree.data.ray.pack, 2 workers": lambda: on_ray(2),
+            "datasets.map(pack_table), 1 process": lambda: on_datasets(1),
+            "datasets.map(pack_table), 2 processes": lambda: on_datasets(2),
+        }
+        pack(ray.data.read_parquet(str(source / "00.parquet")), "text", CAPACITY, f"{folder}/warm", tokenize=_numbered)
+        found = _timed(contenders, 15)
+        notes = {
+            name: f"{lengths.sum() / times['ms'] / 1e3 / (1 + (' 2 ' in name)):.2f} M tokens/s per core"
+            for name, times in found.items()
+        }
+    ray.shutdown()
+    for workers, both in ((1, list(found)[::2]), (2, list(found)[1::2])):
+        work = f"{_TEXTS:,} texts, {lengths.sum():,} tokens, {_FILES} files, on {workers}"
+        yield from _rows("tokenise and pack", work, {name: found[name] for name in both}, notes)
 
 
 def table(measured: dict[str, Any]) -> str:
