@@ -296,6 +296,11 @@ def test_repr_says_what_was_cut_and_dropped():
         (("abc", 8), TypeError, ("lengths: got str; needs a list of integers",)),
         ((iter([3]), 8), TypeError, ("lengths: got list_iterator; needs a list",)),
         ((None, 8), TypeError, ("lengths: got NoneType",)),
+        (
+            ([1 << 62] * 2, 1 << 62),
+            ValueError,
+            ("lengths: got lengths up to 4611686018427387904; needs such that sum",),
+        ),
         (([3], 0), ValueError, ("capacity: got 0; needs 1 or more",)),
         (([3], 8.0), TypeError, ("capacity: got 8.0; needs an integer",)),
         (([3], True), TypeError, ("capacity: got True; needs an integer",)),

@@ -1,5 +1,7 @@
 """`scree report`: the numbers against loops, every kind of file, the page, and what bad input gets."""
 
+import codecs
+import gzip
 import importlib.util
 import json
 from html.parser import HTMLParser
@@ -158,6 +160,62 @@ def test_null_rows_can_be_dropped(tmp_path):
         assert "2 null rows were left out" in done.output
 
 
+def test_compressed_jsonl_and_the_mark_of_utf8(tmp_path):
+    text = "".join(json.dumps({"ids": [1] * n}) + "\r\n" for n in LENGTHS).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "b.jsonl").write_bytes(codecs.BOM_UTF8 + text)
+    for name in ("a.jsonl.gz", "b.jsonl"):
+        assert "6 sequences, 28 tokens" in report(tmp_path / name).output
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(text)[:-9])
+    (tmp_path / "no.jsonl.gz").write_bytes(text)
+    for name in ("cut.jsonl.gz", "no.jsonl.gz"):
+        done = report(tmp_path / name)
+        assert done.exit_code == 1
+        assert f"{name}' is truncated, damaged, or not compressed by gzip (" in done.output
+
+
+@NEEDS_ARROW
+def test_views_and_dictionaries_of_texts(tmp_path):
+    import pyarrow as pa
+
+    texts = ["é" * n for n in LENGTHS]
+    columns = {"large": pa.array(texts, pa.large_string()), "words": pa.array(texts).dictionary_encode()}
+    if hasattr(pa, "string_view"):
+        columns["views"] = pa.array(texts, pa.string_view())
+    table = pa.table(columns)
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    for name in columns:
+        assert "6 sequences, 28 characters; lengths 0 to 10" in report("a.arrow", "--column", name).output
+
+
+@NEEDS_ARROW
+def test_a_folder_of_folders_and_what_is_hidden_in_it(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"n": LENGTHS})
+    for name in ("lang=de/a", "lang=en/b", "_temporary/c", "lang=de/.d"):
+        path = tmp_path / "data" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path)
+    assert "12 sequences, 56 tokens" in report("data", "--column", "n").output
+    pq.write_table(pa.table({"n": [[1]]}), tmp_path / "data" / "lang=en" / "z.parquet")
+    done = report("data", "--column", "n")
+    assert done.exit_code == 1
+    assert "z.parquet': 'n' is of type list<element: int64>, in the files before int64; needs one type" in done.output
+
+
+def test_lengths_that_64_bits_do_not_hold(tmp_path):
+    (tmp_path / "a.jsonl").write_text(f'{{"n": {2**62}}}\n{{"n": {2**62}}}\n')
+    for done in (report("-", stdin=f"5 {10**30}"), report("a.jsonl", "--column", "n")):
+        assert done.exit_code == 1
+        assert "needs such that sum to less than 2**63" in done.output
+    done = report("-", stdin=f"5 {10**12}")
+    assert "2 sequences, 1,000,000,000,005 tokens" in done.output
+    assert "e+" not in done.output
+
+
 class Checker(HTMLParser):
     """Sees that tags are closed in order, and that nothing is fetched."""
 
@@ -198,14 +256,8 @@ def test_the_page_is_whole_and_needs_nothing_else(lengths):
 
 
 def test_numbers_for_people():
-    assert [short(n) for n in (0, 999, 1234, 12_655_096, 35e9, 2e22)] == [
-        "0",
-        "999",
-        "1.23k",
-        "12.7M",
-        "35G",
-        "20,000E",
-    ]
+    numbers = {0: "0", 999: "999", 1234: "1.23k", 999_400: "999k", 999_600: "1M", 12_655_096: "12.7M", 2e22: "20,000E"}
+    assert {n: short(n) for n in numbers} == numbers
     assert [size(n) for n in (0, 999, 1500, 2e15)] == ["0 bytes", "999 bytes", "1.5 kB", "2,000.0 TB"]
 
 

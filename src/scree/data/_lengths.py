@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -37,21 +40,28 @@ def from_stream(stream: TextIO) -> Lengths:
             if not word.isdecimal():
                 raise ValueError(f"standard input, line {number}: got {word!r}; needs lengths, integers of 0 or more")
             found.append(int(word))
-    return Lengths(np.array(found, np.int64), "tokens", 8, 0)
+    return Lengths(_counted("standard input", found), "tokens", 8, 0)
+
+
+def _counted(source: str, found: list[int]) -> HostInts:
+    """Lengths as an array, whose sum 64 bits hold."""
+    if sum(found) >= 1 << 63:
+        raise ValueError(f"{source}: got lengths up to {max(found)}; needs such that sum to less than 2**63")
+    return np.array(found, np.int64)
 
 
 def from_file(path: Path, column: str | None, drop_nulls: bool) -> Lengths:
     """Read the lengths of a column of a file or folder.
 
     Of lists: their items. Of texts: their characters. Of integers: taken for lengths. Parquet, Arrow's files and streams,
-    jsonl, `.safetensors` and `.npz` of `scree.data.save`, folders of Parquet, and of datasets' `save_to_disk`.
+    jsonl (plain or `.gz`), `.safetensors` and `.npz` of `scree.data.save`, folders of Parquet, and of datasets' `save_to_disk`.
     """
     suffix = path.suffix.lower()
     if not path.exists():
         raise ValueError(f"'{path}' is not there")
     if path.is_dir():
         return _of_columns(path, _files_of(path), column, drop_nulls)
-    if suffix in TEXT:
+    if suffix in TEXT or (suffix == ".gz" and Path(path.stem).suffix.lower() in TEXT):
         return _of_jsonl(path, column, drop_nulls)
     if suffix in OWN:
         return _of_own(path, column)
@@ -59,7 +69,7 @@ def from_file(path: Path, column: str | None, drop_nulls: bool) -> Lengths:
         return _of_columns(path, [path], column, drop_nulls)
     raise ValueError(
         f"'{path}' is of no format that is known; needs a name that ends in "
-        f"{', '.join(('.parquet', *ARROW, *TEXT, *OWN))}, a folder, or - for lengths on standard input"
+        f"{', '.join(('.parquet', *ARROW, *TEXT, '.jsonl.gz', *OWN))}, a folder, or - for lengths on standard input"
     )
 
 
@@ -110,12 +120,12 @@ def _of_jsonl(path: Path, column: str | None, drop_nulls: bool) -> Lengths:
             raise ValueError(f"'{path}', line {number}: {column!r} is {value}; needs a length of 0 or more")
         found.append(value if isinstance(value, int) else len(value))
     unit, size = ("characters", 1) if kind == "str" else ("tokens", 8)
-    return Lengths(np.array(found, np.int64), unit, size, nulls)
+    return Lengths(_counted(f"'{path}'", found), unit, size, nulls)
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(_lines(path, file), 1):
             if not line.strip():
                 continue
             try:
@@ -131,6 +141,15 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, record
 
 
+def _lines(path: Path, file: Any) -> Iterator[bytes]:
+    """The lines of a file, of a compressed one too, without the mark of UTF-8 that some editors set in front."""
+    try:
+        for number, line in enumerate(file):
+            yield line if number else line.removeprefix(codecs.BOM_UTF8)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as wrong:
+        raise ValueError(f"'{path}' is truncated, damaged, or not compressed by gzip ({wrong})") from wrong
+
+
 def _files_of(folder: Path) -> list[Path]:
     """The data files of a folder, in their order."""
     splits = folder / "dataset_dict.json"
@@ -142,7 +161,7 @@ def _files_of(folder: Path) -> list[Path]:
         listed = _json(state).get("_data_files", [])
         files = [folder / entry["filename"] for entry in listed]
     else:
-        files = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*.arrow"))
+        files = _below(folder, "*.parquet") or _below(folder, "*.arrow")
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
         raise ValueError(f"'{missing}' is not there, of which '{state}' speaks")
@@ -151,6 +170,12 @@ def _files_of(folder: Path) -> list[Path]:
             f"'{folder}' has no .parquet and no .arrow files; needs those, or what datasets' save_to_disk writes"
         )
     return files
+
+
+def _below(folder: Path, pattern: str) -> list[Path]:
+    """The files in a folder and in its folders, as other programs partition tables; none that is hidden."""
+    found = (file.relative_to(folder) for file in folder.rglob(pattern))
+    return [folder / file for file in sorted(found) if not any(part.startswith((".", "_")) for part in file.parts)]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -164,13 +189,16 @@ def _of_columns(path: Path, files: list[Path], column: str | None, drop_nulls: b
     pa = library("report", "pyarrow", "arrow")
     parts: list[HostArray] = []
     rows = nulls = 0
-    unit, size = "tokens", 8
+    unit, size, known = "tokens", 8, None
     for file in files:
         with naming(pa, file):
             schema, batches = _opened(pa, file)
         column = _chosen(path, column, schema.names, [f.name for f in schema if _is_list(pa, f.type)])
         kind = schema.field(column).type
         unit, size = _unit(pa, path, column, kind)
+        if (known or kind) != kind and _sort(pa, known) != _sort(pa, kind):
+            raise ValueError(f"'{file}': {column!r} is of type {kind}, in the files before {known}; needs one type")
+        known = kind
         with naming(pa, file):
             for batch in batches(column):
                 values = batch.column(batch.schema.names.index(column))
@@ -211,11 +239,15 @@ def _is_text(pa: Any, kind: Any) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
+def _sort(pa: Any, kind: Any) -> str:
+    return "lists" if _is_list(pa, kind) else "lengths" if pa.types.is_integer(kind) else "texts"
+
+
 def _unit(pa: Any, path: Path, column: str, kind: Any) -> tuple[str, int]:
     if _is_list(pa, kind):
         item = kind.value_type
         return "tokens", max(item.bit_width // 8, 1) if pa.types.is_primitive(item) else 8
-    if _is_text(pa, kind):
+    if _is_text(pa, kind) or (pa.types.is_dictionary(kind) and _is_text(pa, kind.value_type)):
         return "characters", 1
     if pa.types.is_integer(kind):
         return "tokens", 8
@@ -226,8 +258,12 @@ def _unit(pa: Any, path: Path, column: str, kind: Any) -> tuple[str, int]:
 
 def _lengths_of(pa: Any, kind: Any, values: Any) -> HostInts:
     compute = library("report", "pyarrow.compute", "arrow")
+    if pa.types.is_dictionary(kind):
+        values, kind = values.dictionary_decode(), kind.value_type
     if pa.types.is_integer(kind):
         counted = values
+    elif _is_text(pa, kind):
+        counted = compute.utf8_length(values.cast(pa.large_string()))  # which it has no kernel for views of
     else:
-        counted = compute.utf8_length(values) if _is_text(pa, kind) else compute.list_value_length(values)
+        counted = compute.list_value_length(values)
     return counted.to_numpy(zero_copy_only=False).astype(np.int64)

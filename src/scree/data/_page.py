@@ -198,7 +198,7 @@ def _table(waste: Waste, item_bytes: int) -> str:
 def short(n: float) -> str:
     """A number in three digits and a letter."""
     for unit in ("", "k", "M", "G", "T", "P"):
-        if n < 1000:
+        if n < 999.5:
             return f"{n:.0f}" if not unit else f"{n:.3g}{unit}"
         n /= 1000
     return f"{n:,.0f}E"

@@ -230,6 +230,8 @@ def plan_bins(
     rows = None if seed is None else generator(seed).permutation(len(sizes))  # None: all, as they come
     dropped = np.zeros(0, np.int64)
     longest = int(sizes.max(initial=0))
+    if longest * len(sizes) >= 1 << 63 and sum(sizes.tolist()) >= 1 << 63:
+        raise ValueError(f"lengths: got lengths up to {longest}; needs such that sum to less than 2**63")
     if longest > room and too_long != "split":
         above = sizes > room
         if too_long == "error":
