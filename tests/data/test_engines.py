@@ -247,6 +247,27 @@ def test_an_error_of_the_tokenizer_is_told(cluster, tmp_path):
         pack(dataset, "text", 4, tmp_path / "a", tokenize=broken)
 
 
+def test_a_full_disk_is_told_with_the_file_and_the_run_is_resumed(cluster, tmp_path):
+    dataset, tokens = corpus(cluster, tmp_path)
+    out = tmp_path / "out"
+
+    def filling(batch):
+        import resource
+
+        if len(list(out.glob("part-*"))) >= 2:  # the process may write no more, as on a disk without room
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        return tokenize(batch)
+
+    filling.__qualname__ = "tokenize"
+    with raises(OSError, "pack: '", ".parquet' could not be written (File too large); nothing was written"):
+        pack(dataset, "text", 64, out, tokenize=filling, batch_size=100)
+    assert json.loads((out / "_scree.json").read_text())["complete"] is False
+    done = pack(dataset, "text", 64, out, tokenize=tokenize, batch_size=100)
+    assert done.reused >= 2
+    assert sorted(sequences(out)) == sorted(tokens)
+
+
 def test_a_dataset_without_rows(cluster, tmp_path):
     import pyarrow as pa
 

@@ -236,8 +236,9 @@ def _digest(pa: Any, table: Any, settings: dict[str, Any]) -> str:
 
 def _cause(failed: Exception) -> Exception:
     """The error that a worker raised, which Ray hands on as the text of a traceback."""
-    inner = str(failed).partition("\n\nThe above exception was the direct cause")[0]
-    kind, _, message = inner.rstrip().rpartition("\n")[2].partition(": ")
+    causes = str(failed).split("\n\nThe above exception was the direct cause of the following exception:\n\n")
+    ours = [cause for cause in causes if "\nray.exceptions." not in cause] or causes  # Ray wraps it once more
+    kind, _, message = ours[-1].rstrip().rpartition("\n")[2].partition(": ")
     known: dict[str, type[Exception]] = {e.__name__: e for e in (TypeError, ValueError, OSError, ImportError)}
     if kind in known:
         return known[kind](message)
