@@ -9,7 +9,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from files import FORMATS, MAPPED, corpus, names, same
+from files import FORMATS, MAPPED, NEEDS_ARROW, corpus, names, same
 
 import scree
 from expect import raises
@@ -49,6 +49,33 @@ def test_a_byte_that_was_altered_never_gives_other_data(suffix, tmp_path):
             assert "\n" not in str(error)
             found += 1
     assert found > 10
+
+
+@pytest.mark.parametrize("suffix", MAPPED)
+def test_bits_that_were_altered_anywhere_are_an_error_of_the_file(suffix, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    data = {"x": scree.from_lengths(np.arange(300, dtype=np.int32), [100, 150, 50]), "y": np.ones((3, 2))}
+    save(path, data)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(2)
+    for _ in range(600):
+        i, bits = int(rng.integers(len(whole))), int(rng.choice([0x01, 0x10, 0x80, 0xFF]))
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ bits]) + whole[i + 1 :])
+        try:
+            same(load(path, mmap=True, verify=True), data)
+        except (TypeError, ValueError) as error:
+            assert str(path) in str(error)
+
+
+@NEEDS_ARROW
+def test_two_columns_of_one_name(tmp_path):
+    import pyarrow as pa
+
+    table = pa.table([pa.array([1]), pa.array([2])], names=["x", "x"])
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    with raises(ValueError, "a.arrow' has several columns 'x'; needs one of each name"):
+        load(tmp_path / "a.arrow")
 
 
 @pytest.mark.parametrize("suffix", MAPPED)

@@ -71,6 +71,7 @@ def read_arrow(path: Path, mmap: bool) -> tuple[Lazy, Layout | None]:
                 source.seek(0)
             reader = pa.ipc.open_stream(source)
         table = reader.read_all()
+        table.validate()
     return _lazy(pa, path, table)
 
 
@@ -104,17 +105,22 @@ def _lazy(pa: Any, path: Path, table: Any) -> tuple[Lazy, Layout | None]:
     told = (table.schema.metadata or {}).get(_KEY)
     layout = parsed(path, told) if told is not None else None
     lazy: Lazy = {}
-    for column in table.column_names:
-        kind = table.schema.field(column).type
+    names = table.column_names
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"load: '{path}' has several columns {twice!r}; needs one of each name")
+    for i, column in enumerate(names):
+        held = table.column(i)
+        kind = held.type
         single = layout is not None and SINGLE in layout["fields"]
         name = SINGLE if single and column == _UNNAMED else column
         if _is_rows(pa, kind, layout, name):
-            arrays = _once(path, column, lambda column=column: from_arrow(table.column(column)))
+            arrays = _once(path, column, lambda held=held: from_arrow(held))
             values, offsets = entry_names(name)
             lazy[values] = lambda arrays=arrays: arrays().values
             lazy[offsets] = lambda arrays=arrays: arrays().offsets
         else:
-            lazy[name] = _once(path, column, lambda column=column: _dense(pa, table.column(column)))
+            lazy[name] = _once(path, column, lambda held=held: _dense(pa, held))
     return lazy, layout
 
 

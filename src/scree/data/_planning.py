@@ -297,6 +297,8 @@ def host_lengths(op: str, lengths: Any) -> HostInts:
             f"lengths: got {type(lengths).__name__}; needs a list of integers, an integer array or an Array"
         )
     sizes = _check.host_lengths(_check.host_ints(lengths, "lengths"), None)
+    if sizes.dtype == np.uint64 and sizes.max(initial=0) > np.iinfo(np.int64).max:
+        raise ValueError(f"lengths[{int(sizes.argmax())}]: got {sizes.max()}; needs less than 2**63")
     return sizes.astype(np.int64, copy=False)
 
 
