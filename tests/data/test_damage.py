@@ -51,7 +51,7 @@ def test_a_byte_that_was_altered_never_gives_other_data(suffix, tmp_path):
     assert found > 10
 
 
-@pytest.mark.parametrize("suffix", MAPPED)
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_bits_that_were_altered_anywhere_are_an_error_of_the_file(suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
     data = {"x": scree.from_lengths(np.arange(300, dtype=np.int32), [100, 150, 50]), "y": np.ones((3, 2))}
@@ -62,7 +62,7 @@ def test_bits_that_were_altered_anywhere_are_an_error_of_the_file(suffix, tmp_pa
         i, bits = int(rng.integers(len(whole))), int(rng.choice([0x01, 0x10, 0x80, 0xFF]))
         path.write_bytes(whole[:i] + bytes([whole[i] ^ bits]) + whole[i + 1 :])
         try:
-            same(load(path, mmap=True, verify=True), data)
+            same(load(path, mmap=suffix in MAPPED, verify=True), data)
         except (TypeError, ValueError) as error:
             assert str(path) in str(error)
 

@@ -72,7 +72,7 @@ def read_arrow(path: Path, mmap: bool) -> tuple[Lazy, Layout | None]:
             reader = pa.ipc.open_stream(source)
         table = reader.read_all()
         table.validate()
-    return _lazy(pa, path, table)
+        return _lazy(pa, path, table)
 
 
 def read_parquet(path: Path, mmap: bool) -> tuple[Lazy, Layout | None]:
@@ -85,8 +85,7 @@ def read_parquet(path: Path, mmap: bool) -> tuple[Lazy, Layout | None]:
     pa = library("load", "pyarrow", "arrow")
     pq = library("load", "pyarrow.parquet", "arrow")
     with naming(pa, path, "load: "):
-        table = pq.ParquetFile(path, page_checksum_verification=True).read()
-    return _lazy(pa, path, table)
+        return _lazy(pa, path, pq.ParquetFile(path, page_checksum_verification=True).read())
 
 
 @contextmanager
@@ -94,7 +93,13 @@ def naming(pa: Any, path: Path, op: str = "") -> Generator[None, None, None]:
     """Give Arrow's own errors the name of the file. Some of them are plain OSErrors without a number."""
     try:
         yield
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowSerializationError, OSError) as wrong:
+    except (
+        pa.ArrowInvalid,
+        pa.ArrowNotImplementedError,
+        pa.ArrowSerializationError,
+        UnicodeDecodeError,
+        OSError,
+    ) as wrong:
         if isinstance(wrong, OSError) and wrong.errno is not None:
             raise
         reason = " ".join(str(wrong).split())

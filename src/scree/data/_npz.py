@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tokenize
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +18,11 @@ _ALIGNED = 64  # bytes: where each array begins; NumPy pads its own header to as
 _PADDING_ID = 0xD935  # the extra field that Android's zipalign uses for the same
 _ZIP64 = 20  # bytes of the extra field that zipfile adds
 _CHUNK = 1 << 24
-_BROKEN = (zipfile.BadZipFile, EOFError, ValueError, OSError, struct.error, NotImplementedError)
+# What zipfile and NumPy's reader of headers raise for bytes that they do not know; RuntimeError: encrypted.
+_BROKEN = (
+    zipfile.BadZipFile, EOFError, ValueError, OSError, struct.error, NotImplementedError, RuntimeError, SyntaxError,
+    tokenize.TokenError,
+)  # fmt: skip
 
 
 def write(file: IO[bytes], entries: Entries, layout: Layout) -> None:
