@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import tokenize
 import zipfile
@@ -18,6 +19,7 @@ _ALIGNED = 64  # bytes: where each array begins; NumPy pads its own header to as
 _PADDING_ID = 0xD935  # the extra field that Android's zipalign uses for the same
 _ZIP64 = 20  # bytes of the extra field that zipfile adds
 _CHUNK = 1 << 24
+_END = struct.Struct("<4s4H2LH")  # the end of a zip file without a comment
 # What zipfile and NumPy's reader of headers raise for bytes that they do not know; RuntimeError: encrypted.
 _BROKEN = (
     zipfile.BadZipFile, EOFError, ValueError, OSError, struct.error, NotImplementedError, RuntimeError, SyntaxError,
@@ -48,6 +50,7 @@ def read(path: Path, mmap: bool) -> tuple[Lazy, Layout | None]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
+            _require_all(path, len(archive.infolist()))
             layout = parsed(path, archive.read(_LAYOUT)) if _LAYOUT in members else None
     except _BROKEN as wrong:
         raise ValueError(f"load: '{path}' is truncated or no .npz file ({wrong})") from wrong
@@ -63,6 +66,15 @@ def read(path: Path, mmap: bool) -> tuple[Lazy, Layout | None]:
 
     names = [name.removesuffix(".npy") for name in members if name.endswith(".npy")]
     return {name: (lambda name=name: get(name)) for name in names}, layout
+
+
+def _require_all(path: Path, listed: int) -> None:
+    """Compare the members that a directory lists with how many it says there are, which zipfile does not look at."""
+    with path.open("rb") as file:
+        file.seek(-_END.size, os.SEEK_END)
+        mark, *_, n_members, _, _, _ = _END.unpack(file.read())
+    if mark == b"PK\5\6" and n_members not in (listed, 0xFFFF):  # 0xFFFF: the number is elsewhere
+        raise ValueError(f"its directory lists {listed} of {n_members} members")
 
 
 def _copied(path: Path, info: zipfile.ZipInfo) -> HostArray:
