@@ -130,7 +130,8 @@ def _launchers(
     facts = (device, config, q.dtype, heads, kv_heads, width, has_right, odd, dlse is not None, long)
     found = _LAUNCHERS.get(facts)
     if found is None:
-        from . import _hopper_bwd_kernels as kernels  # in a language that older Tritons do not have
+        from . import _hopper_bwd_dq_kernels as others
+        from ._hopper_bwd_kernels import _hopper_bwd_kernel  # in a language that older Tritons do not have
 
         around = {"INNER": heads, "D": width, "BLOCK_M": config.step}
         constants = {
@@ -144,8 +145,8 @@ def _launchers(
         }
         flags: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
         found = _LAUNCHERS[facts] = (
-            Launcher(kernels._hopper_bwd_rows_kernel, device, around | {"DLSE": dlse is not None}, **flags),
-            Launcher(kernels._hopper_bwd_kernel, device, constants, workspace=True, **flags),
-            Launcher(kernels._hopper_bwd_dq_kernel, device, around, **flags),
+            Launcher(others._hopper_bwd_rows_kernel, device, around | {"DLSE": dlse is not None}, **flags),
+            Launcher(_hopper_bwd_kernel, device, constants, workspace=True, **flags),
+            Launcher(others._hopper_bwd_dq_kernel, device, around, **flags),
         )
     return found

@@ -1,0 +1,78 @@
+"""What runs around the attention backward for Hopper: before it, the rows and zeros; after it, dQ out of the sums."""
+
+import triton
+import triton.language as tl
+
+from ._attention_fwd_kernels import LOG2E, _tile
+from ._tiles_kernels import ABSENT
+
+
+@triton.jit(do_not_specialize=["total_q", "slots"])
+def _hopper_bwd_rows_kernel(
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, tiles_ptr, delta_ptr, rows_ptr, acc_ptr,
+    stride_o_t: "i64", stride_o_h: "i64", stride_do_t: "i64", stride_do_h: "i64", total_q: "i64", slots: "i32",
+    INNER: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, DLSE: tl.constexpr,
+):  # fmt: skip
+    """Before dQ is added up: ``delta = sum(o * do) - dlse`` and the aligned `rows`, and zeros in `acc`."""
+    program = tl.program_id(0)
+    outer = program // INNER
+    head = (outer // slots * INNER + program % INNER).to(tl.int64)
+    kind, q_start, q_length, _, _, block, row = _tile(tiles_ptr, outer % slots)
+    if kind == ABSENT:
+        return
+    local = tl.arange(0, BLOCK_M)
+    inner = tl.arange(0, D)
+    there = block * BLOCK_M + local < q_length
+    base = q_start + block.to(tl.int64) * BLOCK_M
+    do = tl.load(
+        do_ptr + base * stride_do_t + head * stride_do_h + local[:, None] * stride_do_t + inner[None, :],
+        mask=there[:, None], other=0.0,
+    )  # fmt: skip
+    o = tl.load(
+        o_ptr + base * stride_o_t + head * stride_o_h + local[:, None] * stride_o_t + inner[None, :],
+        mask=there[:, None], other=0.0,
+    )  # fmt: skip
+    across = head * total_q + base + local
+    lse = tl.load(lse_ptr + across, mask=there, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if DLSE:
+        delta -= tl.load(dlse_ptr + across, mask=there, other=0.0)
+    tl.store(delta_ptr + across, delta, mask=there)
+    tile = head * slots + q_start // BLOCK_M + row + block
+    tl.store(rows_ptr + tile * (2 * BLOCK_M) + local, lse)
+    tl.store(rows_ptr + tile * (2 * BLOCK_M) + BLOCK_M + local, delta)
+    tl.store(acc_ptr + tile * (BLOCK_M * D) + tl.arange(0, BLOCK_M * D), tl.zeros([BLOCK_M * D], tl.float32))
+
+
+@triton.jit
+def _in_order(x, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+    """What `_add` wrote, as the matrix that it was."""
+    x = tl.reshape(x, [BLOCK_M // 16, WIDTH // 8, 8, 4, 2, 2])
+    return tl.reshape(tl.permute(x, (0, 4, 2, 1, 3, 5)), [BLOCK_M, WIDTH])
+
+
+@triton.jit(do_not_specialize=["slots", "scale"])
+def _hopper_bwd_dq_kernel(
+    acc_ptr, tiles_ptr, dq_ptr, stride_dq_t: "i64", stride_dq_h: "i64", slots: "i32", scale: "fp32",
+    INNER: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """dQ from `acc`."""
+    program = tl.program_id(0)
+    outer = program // INNER
+    head = (outer // slots * INNER + program % INNER).to(tl.int64)
+    kind, q_start, q_length, _, _, block, row = _tile(tiles_ptr, outer % slots)
+    if kind == ABSENT:
+        return
+    HALF: tl.constexpr = D // 2
+    tile = head * slots + q_start // BLOCK_M + row + block
+    local = tl.arange(0, BLOCK_M)
+    inner = tl.arange(0, HALF)
+    mask = (block * BLOCK_M + local < q_length)[:, None]
+    base = q_start + block.to(tl.int64) * BLOCK_M
+    dq_ptr += base * stride_dq_t + head * stride_dq_h
+    for half in tl.static_range(2):
+        x = tl.load(acc_ptr + tile * (BLOCK_M * D) + half * (BLOCK_M * HALF) + tl.arange(0, BLOCK_M * HALF))
+        x = _in_order(x, BLOCK_M, HALF) * scale
+        to = dq_ptr + half * HALF + local[:, None] * stride_dq_t + inner[None, :]
+        tl.store(to, x.to(dq_ptr.dtype.element_ty), mask=mask)
