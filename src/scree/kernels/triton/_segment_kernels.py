@@ -1,18 +1,26 @@
-"""The kernels of softmax and the reductions along the ragged axis.
+"""The kernels of softmax and the reductions along the ragged axis, and of their gradients.
 
-Sequences of at most SHORT tokens go ROWS to a program. Longer ones are cut into chunks of CHUNK tokens, counted from
-their own beginning, so that a result's bits depend on its sequence alone: a sequence of one chunk is finished where it
-is loaded, the others leave the partial results of their chunks, which are combined in order. Chunks have numbered
-slots: sequence i owns those from ``offsets[i] // CHUNK + i`` on, and finds itself by bisection. GROUP slots go to a
-program, so that those of short sequences, where there is nothing to do, are passed over together.
+Each reads a sequence, folds it to a state per column, and gives that as its result or reads the sequence again, now with
+the state, and maps it. What depends on the other sequences of a batch is only who does this, never how: a sequence's own
+length decides in which order it is folded.
 
-Values are (outer, T, inner) in memory; the columns are outer x inner. What is loaded is (rows, tokens, columns).
-OP is 0 softmax, 1 sum, 2 mean, 3 max, 4 min, 5 logsumexp; NOTHING is what an
-empty sequence gives, PADDING what changes no result.
+- A short one is one of several in a tile of one warp, that reads them once.
+- One of medium length has that warp to itself.
+- A long one is put on a list, in parts if it is very long, and programs of several warps take part after part from there.
+  What the parts of one sequence were folded to is joined in order by those who then map it, or give the result.
+
+Values are (outer, T, inner) in memory; the columns are outer x inner, of which a program has BLOCK. Tiles are (L, R, K, C):
+token k * L + l of row r in column c. Triton deals their columns and lanes out to threads first, so that the folding of
+axis 2 stays within a thread.
+OP is 0 softmax, 1 sum, 2 mean, 3 max, 4 min, 5 logsumexp, and 6 more for the gradient of each. NOTHING is what an empty
+sequence gives, PADDING what changes no result.
 """
 
 import triton
 import triton.language as tl
+
+PARTS = tl.constexpr(512)
+"""In how many parts a sequence is cut at most."""
 
 
 @triton.jit
@@ -23,100 +31,98 @@ def _offset(offsets_ptr, i, total, mask):
 
 
 @triton.jit
-def _owner(offsets_ptr, slot, rows, total, steps, CHUNK: tl.constexpr):
-    """The sequence of a slot, its bounds, and the number of its chunk; `rows` for what lies beyond the last one."""
-    low = slot * 0
-    high = low + rows
-    for _ in range(steps):
-        middle = (low + high + 1) // 2
-        own = _offset(offsets_ptr, middle, total, True) // CHUNK + middle <= slot
-        low = tl.where(own, middle, low)
-        high = tl.where(own, high, tl.maximum(middle - 1, low))
-    start = _offset(offsets_ptr, low, total, True)
-    stop = tl.maximum(_offset(offsets_ptr, low + 1, total, low < rows), start)
-    chunk = slot - (start // CHUNK + low)
-    return low, start, tl.where(low < rows, stop, total), chunk
+def _bounds(offsets_ptr, row, rows, total, OP: tl.constexpr):
+    """Where sequences begin, and their lengths: -1 for none. What gives zeros beyond the last one is sequence `rows`."""
+    start = _offset(offsets_ptr, row, total, row <= rows)
+    stop = tl.where(row < rows, _offset(offsets_ptr, row + 1, total, row < rows), total)
+    last = rows if OP == 0 or OP >= 6 else rows - 1
+    return start, tl.where(row <= last, tl.maximum(stop - start, 0), -1)
 
 
 @triton.jit
-def _idle(offsets_ptr, first, rows, total, steps, LONGER: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr):
-    """Whether none of GROUP slots from `first` on belongs to a sequence of more than LONGER tokens, or lies beyond all."""
-    row, start, stop, _ = _owner(offsets_ptr, first + tl.arange(0, GROUP), rows, total, steps, CHUNK)
-    return tl.max(((row == rows) | (stop - start > LONGER)).to(tl.int32), 0) == 0
+def _parts(length, PART: tl.constexpr):
+    """The tokens of a part, and how many parts there are: the last one takes along what remains."""
+    wide = tl.cdiv(length, PARTS * PART).to(tl.int32)
+    parts = tl.maximum((length // PART).to(tl.int32) // tl.maximum(wide, 1), 1)
+    return wide.to(tl.int64) * PART, parts
 
 
 @triton.jit
-def _columns(first, total, INNER: tl.constexpr, OUTER: tl.constexpr, BLOCK: tl.constexpr):
-    """Where columns lie within a token: what they have in common, and the rest, (1, 1, C), in 32 bits if that does."""
-    col = tl.arange(0, BLOCK)
-    if OUTER:
-        col = first + col
-        place = (col // INNER) * (total * INNER) + col % INNER
-        first = first * 0
-    else:
-        place = col
-    return first, place[None, None, :]
-
-
-@triton.jit
-def _side(row, cols, first, INNER: tl.constexpr, OUTER: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the result of a sequence lies, (1, 1, C), and which of its columns are there."""
-    col = tl.arange(0, BLOCK)
-    if OUTER:
-        within = first + col < cols
-    else:
-        within = first + col < INNER  # of which the compiler sees how far it is the same for neighbours
-    return row * cols + first + col[None, None, :], within[None, None, :]
-
-
-@triton.jit
-def _tile(
+def _places(
+    row,
     start,
-    length,
-    chunk,
+    mine,
     first,
-    total,
-    within,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Where a chunk begins, where its elements lie from there, (1, K, C), and which of them are there."""
-    shift, place = _columns(first, total, INNER, OUTER, BLOCK)
-    at = tl.arange(0, CHUNK)
-    there = at < tl.minimum(length - chunk * CHUNK, CHUNK).to(tl.int32)
-    return (start + chunk * CHUNK) * INNER + shift, at[None, :, None] * INNER + place, there[None, :, None] & within
-
-
-@triton.jit
-def _runs(
-    offsets_ptr,
-    pid,
-    columns,
-    rows,
     total,
     cols,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
-    ROWS: tl.constexpr,
-    SHORT: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """Of ROWS short sequences: lengths, where results and elements lie, and which are there."""
-    row = (pid // columns).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = row < rows
-    start = _offset(offsets_ptr, row, total, there)
-    length = tl.maximum(_offset(offsets_ptr, row + 1, total, there) - start, 0)
-    there &= length <= SHORT
-    first = (pid % columns).to(tl.int64) * BLOCK
-    shift, place = _columns(first, total, INNER, OUTER, BLOCK)
-    side, within = _side(row[:, None, None], cols, first, INNER, OUTER, BLOCK)
-    within &= there[:, None, None]
-    at = tl.arange(0, SHORT)
-    mask = (at[None, :] < length.to(tl.int32)[:, None])[:, :, None] & within
-    source = (start * INNER + shift)[:, None, None] + (at[None, :, None] * INNER + place)
-    return length[:, None, None], side, within, source, mask
+    """Where the first LANES tokens of rows lie, (L, R, 1, C), their results, (1, R, 1, C), and which are there."""
+    col = tl.arange(0, BLOCK)[None, None, None, :]
+    lane = tl.arange(0, LANES)[:, None, None, None].to(tl.int64)
+    if OUTER:
+        within = first + col < cols
+        place = start * INNER + ((first + col) // INNER * (total * INNER) + (first + col) % INNER)
+    else:
+        within = first + col < INNER  # of which the compiler sees how far it is the same for neighbours
+        place = start * INNER + first + col
+    return place + lane * INNER, row * cols + first + col, within & mine
+
+
+@triton.jit
+def _exp(x):
+    """In float32 what the hardware has: tl.exp would take care of subnormal numbers, too."""
+    return tl.exp(x) if x.dtype == tl.float64 else tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _read(
+    x_ptr,
+    dy_ptr,
+    y_ptr,
+    place,
+    side,
+    within,
+    left,
+    length,
+    OP: tl.constexpr,
+    INNER: tl.constexpr,
+    PADDING: tl.constexpr,
+    ACC: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """A tile of what is mapped, the gradient beside it, what is folded; how far it lies behind `place`, and its mask."""
+    step = tl.arange(0, STEPS)[None, None, :, None]
+    mask = (step * LANES + tl.arange(0, LANES)[:, None, None, None] < left) & within
+    if STEPS * LANES * INNER < 2**31:
+        ahead = step * (LANES * INNER)
+    else:
+        ahead = step.to(tl.int64) * (LANES * INNER)
+    if OP == 7 or OP == 8:
+        x = tl.full(mask.shape, 1.0, ACC)
+    else:
+        x = tl.load(x_ptr + place + ahead, mask=mask, other=PADDING).to(ACC)
+    dy = x
+    folded = x
+    if OP == 6:
+        dy = tl.load(dy_ptr + place + ahead, mask=mask, other=0).to(ACC)
+        folded = x * dy
+    elif OP >= 7:
+        dy = tl.load(dy_ptr + side, mask=within, other=0).to(ACC)
+        if OP == 8:
+            dy = dy / length.to(ACC)
+        elif OP >= 9:
+            y = tl.load(y_ptr + side, mask=within, other=0).to(ACC)
+            if OP == 11:
+                x = tl.where(y == float("-inf"), 0.0, _exp(x - y))
+            else:
+                x = tl.where(mask & ((x == y) | ((x != x) & (y != y))), 1.0, 0.0).to(ACC)
+            folded = x
+    return x, dy, folded, ahead, mask
 
 
 @triton.jit
@@ -125,247 +131,406 @@ def _finite(top):
 
 
 @triton.jit
-def _folded(tops, totals, OP: tl.constexpr):
-    """Fold axis 1 of (R, K, C): the greatest value (or sum, greatest, least), and the sum of exp(x - greatest)."""
-    if OP == 0 or OP == 5:
-        top = tl.max(tops, axis=1, keep_dims=True)
-        total = tl.sum(totals * tl.exp(tops - _finite(top)), axis=1, keep_dims=True)
-    elif OP == 1 or OP == 2:
-        top = tl.sum(tops, axis=1, keep_dims=True)
-        total = top
+def _along(x, HOW: tl.constexpr, WHOLE: tl.constexpr):
+    """The sum (0), maximum (1) or minimum (2) along axis 2, or axes 2 and 0."""
+    if HOW == 0:
+        x = tl.sum(x, axis=2, keep_dims=True)
+        x = tl.sum(x, axis=0, keep_dims=True) if WHOLE else x
+        x = x + 0.0 if x.dtype.is_floating() else x  # the sum of -0.0, too, is the same with padding and without
+    elif HOW == 1:
+        x = tl.max(x, axis=2, keep_dims=True)
+        x = tl.max(x, axis=0, keep_dims=True) if WHOLE else x
     else:
-        top = tl.max(tops, axis=1, keep_dims=True) if OP == 3 else tl.min(tops, axis=1, keep_dims=True)
+        x = tl.min(x, axis=2, keep_dims=True)
+        x = tl.min(x, axis=0, keep_dims=True) if WHOLE else x
+    return x
+
+
+@triton.jit
+def _folded(top, total, tops, totals, OP: tl.constexpr, WHOLE: tl.constexpr):
+    """Fold what comes next to the state so far: the greatest (or the sum, or least), and the sum of exp(x - greatest)."""
+    if OP == 0 or OP == 5:
+        before = top
+        top = tl.maximum(before, _along(tops, 1, WHOLE))
+        total = total * _exp(before - _finite(top)) + _along(totals * _exp(tops - _finite(top)), 0, WHOLE)
+    elif OP == 3 or OP == 4:
+        more = _along(tops, 1 if OP == 3 else 2, WHOLE)
         if tops.dtype.is_floating():
-            top = tl.where(tl.max((tops != tops).to(tl.int32), axis=1, keep_dims=True) != 0, float("nan"), top)
-        total = top
+            more = tl.where(_along((tops != tops).to(tl.int32), 1, WHOLE) != 0, float("nan"), more)
+        if OP == 3:
+            top = tl.maximum(top, more, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            top = tl.minimum(top, more, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        top += _along(tops, 0, WHOLE)
     return top, total
 
 
 @triton.jit
-def _loaded(source_ptr, mask, PADDING: tl.constexpr, ACC: tl.constexpr):
-    x = tl.load(source_ptr, mask=mask, other=0).to(ACC)
-    return tl.where(mask, x, tl.full((), PADDING, ACC))
+def _mapped(x, dy, top, total, there, OP: tl.constexpr):
+    """The softmax or the gradient of a tile, and zeros beyond the last sequence."""
+    if OP == 0:
+        x = _exp(x - _finite(top)) * tl.where(top == float("inf"), float("nan"), 1.0 / total)
+    elif OP == 6:
+        x = x * (dy - top)
+    elif OP == 9 or OP == 10:
+        x = tl.where(x != 0, dy / top, 0.0)
+    else:
+        x = x * dy
+    return tl.where(there, x, 0.0)
 
 
 @triton.jit
 def _result(top, total, length, OP: tl.constexpr, NOTHING: tl.constexpr, ACC: tl.constexpr):
-    """The reduction of whole sequences, from what `_folded` gives."""
+    """The reduction of whole sequences."""
     if OP == 2:
         top = top / length.to(ACC)
-    if OP == 5:
+    elif OP == 5:
         top = tl.where(total == 0, float("-inf"), tl.log(total) + _finite(top))
     return tl.where(length == 0, tl.full((), NOTHING, ACC), top)
 
 
 @triton.jit
-def _softened(x, top, total):
-    return tl.where(top == float("inf"), float("nan"), tl.exp(x - _finite(top)) / total)
-
-
-@triton.jit(do_not_specialize=["rows", "total", "cols", "columns"])
-def _short_fwd_kernel(
+def _at_once(
     x_ptr,
-    offsets_ptr,
+    dy_ptr,
     y_ptr,
-    rows: "i64",
-    total: "i64",
-    cols: "i64",
-    columns: "i32",
+    out_ptr,
+    row,
+    start,
+    length,
+    mine,
+    first,
+    rows,
+    total,
+    cols,
     OP: tl.constexpr,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
     NOTHING: tl.constexpr,
     PADDING: tl.constexpr,
     ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    SHORT: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    length, side, within, source, mask = _runs(
-        offsets_ptr, pid, columns, rows, total, cols, INNER, OUTER, ROWS, SHORT, BLOCK
+    """Sequences that fit in one tile, those that are `mine`."""
+    place, side, within = _places(row, start, mine, first, total, cols, INNER, OUTER, BLOCK, LANES)
+    x, dy, folded, ahead, mask = _read(
+        x_ptr, dy_ptr, y_ptr, place, side, within, length.to(tl.int32), length, OP, INNER, PADDING, ACC, STEPS, LANES
     )
-    x = _loaded(x_ptr + source, mask, PADDING, ACC)
-    top, sum_ = _folded(x, 1.0, OP)
-    if OP == 0:
-        y = _softened(x, top, sum_)
-        tl.store(y_ptr + source, y.to(y_ptr.dtype.element_ty), mask=mask)
+    none = tl.full((1, 1, 1, 1), PADDING, ACC)
+    top, sum_ = _folded(none, tl.zeros((1, 1, 1, 1), ACC), folded, 1.0, OP, True)
+    if OP == 0 or OP >= 6:
+        y = _mapped(x, dy, top, sum_, row < rows, OP)
+        tl.store(out_ptr + place + ahead, y.to(out_ptr.dtype.element_ty), mask=mask)
     else:
         y = _result(top, sum_, length, OP, NOTHING, ACC)
-        tl.store(y_ptr + side, y.to(y_ptr.dtype.element_ty), mask=within)
+        tl.store(out_ptr + side, y.to(out_ptr.dtype.element_ty), mask=within)
 
 
-@triton.jit(do_not_specialize=["rows", "total", "cols", "columns", "steps"])
-def _chunk_fwd_kernel(
+@triton.jit
+def _short(
     x_ptr,
-    offsets_ptr,
+    dy_ptr,
     y_ptr,
-    tops_ptr,
-    totals_ptr,
-    rows: "i64",
-    total: "i64",
-    cols: "i64",
-    columns: "i32",
-    steps: "i64",
+    offsets_ptr,
+    out_ptr,
+    begin,
+    first,
+    rows,
+    total,
+    cols,
     OP: tl.constexpr,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
     NOTHING: tl.constexpr,
     PADDING: tl.constexpr,
     ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
     SHORT: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Sequences of one chunk, the partial results of longer ones, and the zeros beyond the last."""
-    pid = tl.program_id(0)
-    group = (pid // columns).to(tl.int64) * GROUP
-    if GROUP > 1:
-        if _idle(offsets_ptr, group, rows, total, steps, SHORT if SHORT > 0 else -1, GROUP, CHUNK):
-            return
-    for i in range(GROUP):
-        slot = group + i
-        row, start, stop, chunk = _owner(offsets_ptr, slot, rows, total, steps, CHUNK)
-        beyond = row == rows
-        if beyond:
-            start = tl.maximum(start, (slot - rows) * CHUNK)
-            stop = tl.minimum(stop, (slot - rows + 1) * CHUNK)
-            chunk = chunk * 0
-        length = stop - start
-        mine = (length > SHORT) & (chunk * CHUNK < length)
-        if OP == 0:
-            mine |= beyond
-        else:
-            if SHORT == 0:
-                mine |= chunk == 0
-            mine &= row < rows
-        if mine:
-            first = (pid % columns).to(tl.int64) * BLOCK
-            side, within = _side(row, cols, first, INNER, OUTER, BLOCK)
-            base, source, mask = _tile(start, length, chunk, first, total, within, INNER, OUTER, CHUNK, BLOCK)
-            target = y_ptr + base + source if OP == 0 else y_ptr + side
-            if beyond:
-                if OP == 0:
-                    tl.store(target, tl.zeros((1, CHUNK, BLOCK), y_ptr.dtype.element_ty), mask=mask)
-            else:
-                x = _loaded(x_ptr + base + source, mask, PADDING, ACC)
-                top, sum_ = _folded(x, 1.0, OP)
-                if length > CHUNK:
-                    partial, _ = _side(slot, cols, first, INNER, OUTER, BLOCK)
-                    tl.store(tops_ptr + partial, top, mask=within)
-                    if OP == 0 or OP == 5:
-                        tl.store(totals_ptr + partial, sum_, mask=within)
-                elif OP == 0:
-                    y = _softened(x, top, sum_)
-                    tl.store(target, y.to(y_ptr.dtype.element_ty), mask=mask)
-                else:
-                    y = _result(top, sum_, length, OP, NOTHING, ACC)
-                    tl.store(target, y.to(y_ptr.dtype.element_ty), mask=within)
+    """The short ones of ROWS sequences, none of more than WIDTH tokens, as many at once as a tile holds."""
+    FIT: tl.constexpr = TILE // (WIDTH * BLOCK)
+    AT_ONCE: tl.constexpr = FIT if FIT < 16 else 16
+    for i in range(0, ROWS, AT_ONCE):
+        index = i + tl.arange(0, AT_ONCE)[None, :, None, None]
+        start, length = _bounds(offsets_ptr, begin + index, rows, total, OP)
+        mine = (index < ROWS) & (length >= 0) & (length <= SHORT)
+        _at_once(
+            x_ptr, dy_ptr, y_ptr, out_ptr, begin + index, start, length, mine, first, rows, total, cols,
+            OP, INNER, OUTER, NOTHING, PADDING, ACC, BLOCK, WIDTH // LANES, LANES,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "total", "cols", "columns"])
-def _join_kernel(
-    tops_ptr,
-    totals_ptr,
-    offsets_ptr,
-    y_ptr,
-    sums_ptr,
-    rows: "i64",
-    total: "i64",
-    cols: "i64",
-    columns: "i32",
-    OP: tl.constexpr,
-    RAW: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    PADDING: tl.constexpr,
-    ACC: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """What the chunks of a longer sequence give together, CHUNKS at a time; with RAW not yet as a result."""
-    pid = tl.program_id(0)
-    group = (pid // columns).to(tl.int64) * GROUP
-    if GROUP > 1:
-        every = group + tl.arange(0, GROUP)
-        starts = _offset(offsets_ptr, every, total, every < rows)
-        lengths = _offset(offsets_ptr, every + 1, total, every < rows) - starts
-        if tl.max(lengths, 0) <= CHUNK:
-            return
-    for i in range(GROUP):
-        row = group + i
-        start = _offset(offsets_ptr, row, total, row < rows)
-        length = _offset(offsets_ptr, row + 1, total, row < rows) - start
-        if length > CHUNK:
-            first = (pid % columns).to(tl.int64) * BLOCK
-            target, within = _side(row, cols, first, INNER, OUTER, BLOCK)
-            slot = start // CHUNK + row
-            chunks = tl.cdiv(length, CHUNK)
-            top = tl.full((1, 1, BLOCK), PADDING, ACC)
-            sum_ = tl.zeros((1, 1, BLOCK), ACC)
-            for begin in range(0, chunks, CHUNKS):
-                chunk = begin + tl.arange(0, CHUNKS)
-                mask = (chunk < chunks)[None, :, None] & within
-                side, _ = _side((slot + chunk)[None, :, None], cols, first, INNER, OUTER, BLOCK)
-                tops = tl.load(tops_ptr + side, mask=mask, other=0)
-                tops = tl.where(mask, tops, tl.full((), PADDING, ACC))
-                if OP == 0 or OP == 5:
-                    before = top
-                    part, more = _folded(tops, tl.load(totals_ptr + side, mask=mask, other=0), OP)
-                    top = tl.maximum(before, part)
-                    sum_ = sum_ * tl.exp(before - _finite(top)) + more * tl.exp(part - _finite(top))
-                else:
-                    part, more = _folded(tops, tops, OP)
-                    if OP == 1 or OP == 2:
-                        top += part
-                    elif OP == 3:
-                        top = tl.maximum(top, part, propagate_nan=tl.PropagateNan.ALL)
-                    else:
-                        top = tl.minimum(top, part, propagate_nan=tl.PropagateNan.ALL)
-            if not RAW:
-                top = _result(top, sum_, length, OP, 0, ACC)
-            tl.store(y_ptr + target, top.to(y_ptr.dtype.element_ty), mask=within)
-            if RAW and OP == 0:
-                tl.store(sums_ptr + target, sum_, mask=within)
-
-
-@triton.jit(do_not_specialize=["rows", "total", "cols", "columns", "steps"])
-def _soften_kernel(
+@triton.jit
+def _spread(
     x_ptr,
-    offsets_ptr,
+    dy_ptr,
     y_ptr,
-    tops_ptr,
-    totals_ptr,
-    rows: "i64",
-    total: "i64",
-    cols: "i64",
-    columns: "i32",
-    steps: "i64",
+    out_ptr,
+    row,
+    begin,
+    tokens,
+    length,
+    top,
+    sum_,
+    first,
+    rows,
+    total,
+    cols,
+    OP: tl.constexpr,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
     PADDING: tl.constexpr,
     ACC: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """The softmax of sequences of more than one chunk, whose maxima and sums (B, C) are there."""
+    """Map tokens of a sequence that was folded to (top, sum_)."""
+    place, side, within = _places(row, begin, True, first, total, cols, INNER, OUTER, BLOCK, LANES)
+    for done in range(0, tokens, STEPS * LANES):
+        here = place + done * INNER
+        left = tl.minimum(tokens - done, STEPS * LANES).to(tl.int32)
+        x, dy, _, ahead, mask = _read(
+            x_ptr, dy_ptr, y_ptr, here, side, within, left, length, OP, INNER, PADDING, ACC, STEPS, LANES
+        )
+        y = _mapped(x, dy, top, sum_, row < rows, OP)
+        tl.store(out_ptr + here + ahead, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _part(
+    x_ptr,
+    dy_ptr,
+    y_ptr,
+    out_ptr,
+    state_ptr,
+    row,
+    begin,
+    tokens,
+    length,
+    first,
+    rows,
+    total,
+    cols,
+    OP: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    NOTHING: tl.constexpr,
+    PADDING: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+    CUT: tl.constexpr,
+):
+    """A sequence, or where CUT perhaps a part of one, whose state is then kept; that has more tokens than a tile."""
+    TOKENS: tl.constexpr = STEPS * LANES
+    if tokens <= TOKENS:
+        _at_once(
+            x_ptr, dy_ptr, y_ptr, out_ptr, row, begin, tokens, True, first, rows, total, cols,
+            OP, INNER, OUTER, NOTHING, PADDING, ACC, BLOCK, STEPS, LANES,
+        )  # fmt: skip
+    else:
+        place, side, within = _places(row, begin, True, first, total, cols, INNER, OUTER, BLOCK, LANES)
+        top = tl.full((LANES, 1, 1, BLOCK), PADDING, ACC)
+        sum_ = tl.zeros((LANES, 1, 1, BLOCK), ACC)
+        if OP < 7 or OP == 9 or OP == 10:
+            for done in range(0, tokens, TOKENS):
+                left = tl.minimum(tokens - done, TOKENS).to(tl.int32)
+                _, _, folded, _, _ = _read(
+                    x_ptr, dy_ptr, y_ptr, place + done * INNER, side, within, left, length,
+                    OP, INNER, PADDING, ACC, STEPS, LANES,
+                )  # fmt: skip
+                top, sum_ = _folded(top, sum_, folded, 1.0, OP, False)
+        none = tl.full((1, 1, 1, 1), PADDING, ACC)
+        top, sum_ = _folded(none, tl.zeros((1, 1, 1, 1), ACC), top, sum_, OP, True)
+        whole = (tokens == length) | (row == rows) | (OP == 7 or OP == 8 or OP == 11)
+        if whole:
+            if OP == 0 or OP >= 6:
+                _spread(
+                    x_ptr, dy_ptr, y_ptr, out_ptr, row, begin, tokens, length, top, sum_, first, rows, total, cols,
+                    OP, INNER, OUTER, PADDING, ACC, BLOCK, STEPS, LANES,
+                )  # fmt: skip
+            else:
+                y = _result(top, sum_, length, OP, NOTHING, ACC)
+                tl.store(out_ptr + side, y.to(out_ptr.dtype.element_ty), mask=within)
+        elif CUT:
+            col = tl.arange(0, BLOCK)[None, None, None, :]
+            tl.store(state_ptr + col, top)
+            if OP == 0 or OP == 5:
+                tl.store(state_ptr + BLOCK + col, sum_)
+
+
+@triton.jit(do_not_specialize=["rows", "total", "cols", "columns", "capacity"])
+def _rows_kernel(
+    x_ptr,
+    dy_ptr,
+    y_ptr,
+    offsets_ptr,
+    out_ptr,
+    list_ptr,
+    counts_ptr,
+    rows: "i64",
+    total: "i64",
+    cols: "i64",
+    columns: "i32",
+    capacity: "i32",
+    OP: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    NOTHING: tl.constexpr,
+    PADDING: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+    NARROW: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    SHORT: tl.constexpr,
+    SHORT_LANES: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    MEDIUM: tl.constexpr,
+    PART: tl.constexpr,
+    LISTED: tl.constexpr,
+):
+    """ROWS sequences: the short ones together, those of medium length one by one; longer ones are put on the list."""
     pid = tl.program_id(0)
-    group = (pid // columns).to(tl.int64) * GROUP
-    if GROUP > 1:
-        if _idle(offsets_ptr, group, rows, total, steps, CHUNK, GROUP, CHUNK):
-            return
-    for i in range(GROUP):
-        row, start, stop, chunk = _owner(offsets_ptr, group + i, rows, total, steps, CHUNK)
-        length = stop - start
-        if (row < rows) & (length > CHUNK) & (chunk * CHUNK < length):
-            first = (pid % columns).to(tl.int64) * BLOCK
-            side, within = _side(row, cols, first, INNER, OUTER, BLOCK)
-            base, source, mask = _tile(start, length, chunk, first, total, within, INNER, OUTER, CHUNK, BLOCK)
-            x = _loaded(x_ptr + base + source, mask, PADDING, ACC)
-            top = tl.load(tops_ptr + side, mask=within, other=0)
-            y = _softened(x, top, tl.load(totals_ptr + side, mask=within, other=1))
-            tl.store(y_ptr + base + source, y.to(y_ptr.dtype.element_ty), mask=mask)
+    column = pid % columns
+    first = column.to(tl.int64) * BLOCK
+    begin = (pid // columns).to(tl.int64) * ROWS
+    index = tl.arange(0, ROWS)
+    _, lengths = _bounds(offsets_ptr, begin + index, rows, total, OP)
+    longest = tl.max(lengths, 0)
+    widest = tl.max(tl.where(lengths <= SHORT, lengths, -1), 0)
+    if widest >= 0:
+        if widest <= NARROW:
+            _short(
+                x_ptr, dy_ptr, y_ptr, offsets_ptr, out_ptr, begin, first, rows, total, cols,
+                OP, INNER, OUTER, NOTHING, PADDING, ACC, BLOCK, NARROW, SHORT_LANES, SHORT, TILE, ROWS,
+            )  # fmt: skip
+        elif widest <= MIDDLE:
+            _short(
+                x_ptr, dy_ptr, y_ptr, offsets_ptr, out_ptr, begin, first, rows, total, cols,
+                OP, INNER, OUTER, NOTHING, PADDING, ACC, BLOCK, MIDDLE, SHORT_LANES, SHORT, TILE, ROWS,
+            )  # fmt: skip
+        else:
+            _short(
+                x_ptr, dy_ptr, y_ptr, offsets_ptr, out_ptr, begin, first, rows, total, cols,
+                OP, INNER, OUTER, NOTHING, PADDING, ACC, BLOCK, SHORT, SHORT_LANES, SHORT, TILE, ROWS,
+            )  # fmt: skip
+    if longest > SHORT:
+        mine = (lengths > SHORT) & (lengths <= MEDIUM)
+        if LISTED:
+            if (longest > MEDIUM) & (column == 0):
+                _, parts = _parts(lengths, PART)
+                parts = tl.where(lengths > MEDIUM, parts, 0)
+                at = tl.cumsum(parts, 0) - parts
+                at += tl.atomic_add(counts_ptr, tl.sum(parts, 0), sem="relaxed")
+                fits = at + parts <= capacity
+                most = tl.max(parts, 0)
+                if most > 1:
+                    tl.store(counts_ptr + 3, 1)
+                for k in range(0, most):
+                    entry = tl.where(fits, (begin + index) * PARTS + k, -1)
+                    tl.store(list_ptr + at + k, entry, mask=(k < parts) & (at + k < capacity))
+                mine = mine | ((lengths > MEDIUM) & (at + parts > capacity))  # of offsets that fall: done here
+        i = tl.min(tl.where(mine, index, ROWS), 0)
+        while i < ROWS:
+            start, length = _bounds(offsets_ptr, begin + i, rows, total, OP)
+            last = column + 1
+            low = column
+            if length > MEDIUM:
+                low = column * 0
+                last = columns
+            for c in range(low, last):
+                _part(
+                    x_ptr, dy_ptr, y_ptr, out_ptr, out_ptr, begin + i, start, length, length, first + (c - column) * BLOCK,
+                    rows, total, cols, OP, INNER, OUTER, NOTHING, PADDING, ACC, BLOCK, STEPS, LANES, False,
+                )  # fmt: skip
+            i = tl.min(tl.where(mine & (index > i), index, ROWS), 0)
+
+
+@triton.jit(do_not_specialize=["rows", "total", "cols", "columns", "capacity"])
+def _list_kernel(
+    x_ptr,
+    dy_ptr,
+    y_ptr,
+    offsets_ptr,
+    out_ptr,
+    list_ptr,
+    counts_ptr,
+    states_ptr,
+    rows: "i64",
+    total: "i64",
+    cols: "i64",
+    columns: "i32",
+    capacity: "i32",
+    OP: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    NOTHING: tl.constexpr,
+    PADDING: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+    PART: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """What is on the list, part after part; with LAST those sequences whose parts have left their states."""
+    count = tl.minimum(tl.load(counts_ptr), capacity) * columns  # in 32 bits: an item has thousands of elements
+    if LAST:
+        count *= tl.load(counts_ptr + 3)
+    ticket_ptr = counts_ptr + (2 if LAST else 1)
+    item = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
+    while item < count:
+        following = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
+        entry = tl.load(list_ptr + item // columns)
+        row = tl.maximum(entry, 0) // PARTS
+        k = (tl.maximum(entry, 0) % PARTS).to(tl.int32)
+        start, length = _bounds(offsets_ptr, row, rows, total, OP)
+        size, parts = _parts(length, PART)
+        begin = start + k * size
+        tokens = tl.where(k < parts - 1, size, length - k * size)
+        first = (item % columns).to(tl.int64) * BLOCK
+        mine = entry >= 0
+        if LAST:
+            mine = mine & (parts > 1) & (row < rows)
+            if OP < 6 and OP != 0:
+                mine = mine & (k == 0)
+        if mine:
+            if LAST:
+                part = tl.arange(0, 16)[:, None, None, None]
+                col = tl.arange(0, BLOCK)[None, None, None, :]
+                top = tl.full((1, 1, 1, BLOCK), PADDING, ACC)
+                sum_ = tl.zeros((1, 1, 1, BLOCK), ACC)
+                for j in range(0, parts, 16):
+                    state_ptr = states_ptr + (item + (j + part - k) * columns).to(tl.int64) * (2 * BLOCK) + col
+                    more = tl.load(state_ptr, mask=j + part < parts, other=PADDING)
+                    its = more
+                    if OP == 0 or OP == 5:
+                        its = tl.load(state_ptr + BLOCK, mask=j + part < parts, other=0)
+                    top, sum_ = _folded(top, sum_, more, its, OP, True)
+                if OP == 0 or OP >= 6:
+                    _spread(
+                        x_ptr, dy_ptr, y_ptr, out_ptr, row, begin, tokens, length, top, sum_, first, rows, total, cols,
+                        OP, INNER, OUTER, PADDING, ACC, BLOCK, STEPS, LANES,
+                    )  # fmt: skip
+                else:
+                    _, side, within = _places(row, start, True, first, total, cols, INNER, OUTER, BLOCK, 1)
+                    y = _result(top, sum_, length, OP, NOTHING, ACC)
+                    tl.store(out_ptr + side, y.to(out_ptr.dtype.element_ty), mask=within)
+            else:
+                _part(
+                    x_ptr, dy_ptr, y_ptr, out_ptr, states_ptr + item.to(tl.int64) * (2 * BLOCK), row, begin, tokens, length, first,
+                    rows, total, cols, OP, INNER, OUTER, NOTHING, PADDING, ACC, BLOCK, STEPS, LANES, True,
+                )  # fmt: skip
+        item = following

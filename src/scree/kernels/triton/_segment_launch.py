@@ -9,16 +9,16 @@ import triton
 import triton.language as tl
 
 from ..._array import Array
-from . import _segment_bwd_kernels as gradients
 from . import _segment_kernels as kernels
 from ._launch import Launcher, device_number, processors
-from ._views import wide
 
 OPS = {"softmax": 0, "sum": 1, "mean": 2, "max": 3, "min": 4, "logsumexp": 5}
-_SUMMED = (0, 3, 4)  # those whose gradient needs a sum over the tokens
+GRADIENT = 6  # what the number of an op has more for its gradient
+_UNFOLDED = (7, 8, 11)  # gradients that need no sum over the tokens
 
 _INF = float("inf")
 _UNKNOWN = 2**62
+_ACC = {torch.float32: tl.float32, torch.float64: tl.float64, torch.int64: tl.int64}
 
 
 class Known(NamedTuple):
@@ -40,25 +40,46 @@ def known(arr: Array) -> Known:
     return Known(structure.min_length or 0, structure.longest(host), int(host[-1]) == arr.total_length)
 
 
-def tiles(inner: int) -> tuple[int, int, int, int]:
-    """Columns of a tile, tokens of a chunk, tokens of a short sequence (0: none is short), and of those to a program."""
-    block = min(64, triton.next_power_of_2(inner))
-    short = 256 // block if block <= 16 else 0
-    return block, 8192 // block, short, 16
+class Tiles(NamedTuple):
+    """How many columns a program has, and how tokens are dealt out; see `_segment_kernels`."""
+
+    block: int
+    short: int  # tokens of a short sequence at most, of which a tile has at least four
+    short_lanes: int
+    tile: int  # elements of a tile of one warp
+    medium: int  # tokens of a sequence of medium length at most
+    lanes: int
+    part: int  # tokens of a part of a long sequence
+    part_tile: int
+    part_lanes: int
+    warps: int
+
+
+def tiles(inner: int, size: int, acc_size: int, backward: bool) -> Tiles:
+    """Tiles for values of `size` bytes that are computed with in numbers of `acc_size` bytes."""
+    block = min(64, 128 // size, triton.next_power_of_2(inner))
+    warps, warp = 8, 64 if torch.version.hip else 32
+    at_once = warp * min(block, 16 // size)  # elements that a warp loads in one go
+    return Tiles(
+        block,
+        short=256 // block,
+        short_lanes=max(1, at_once // (4 * block)),
+        tile=1024,
+        medium=4096 // block,
+        lanes=max(1, at_once // block),
+        part=32768 // block,
+        part_tile=8192 * 4 // acc_size // (2 if backward else 1),
+        part_lanes=warps * at_once // block,
+        warps=warps,
+    )
 
 
 class _Plan(NamedTuple):
-    """The kernels of one op for one kind of values, and their tiles."""
+    """The kernels of one op for one kind of values."""
 
-    short: Launcher
-    chunk: Launcher
-    join: Launcher
+    rows: Launcher
+    parts: Launcher
     last: Launcher
-    block: int
-    chunk_size: int
-    short_size: int
-    rows: int
-    acc: torch.dtype
 
 
 _PLANS: dict[Any, _Plan] = {}
@@ -83,8 +104,8 @@ def _shape(x: torch.Tensor, ragged_dim: int) -> _Shape:
 
 def _limits(op: int, dtype: torch.dtype) -> tuple[Any, Any]:
     """What an empty sequence gives, and what changes no result."""
-    if op in (1, 2):
-        return (0 if op == 1 else float("nan")), 0
+    if op in (1, 2) or op >= GRADIENT:
+        return (float("nan") if op == 2 else 0), 0
     if dtype.is_floating_point:
         return (_INF, _INF) if op == 4 else (-_INF, -_INF)
     if dtype == torch.bool:
@@ -93,57 +114,51 @@ def _limits(op: int, dtype: torch.dtype) -> tuple[Any, Any]:
     return limit, limit
 
 
-def _group(rows: int, shape: _Shape, device: int) -> int:
-    """How many slots go to a program: several where most belong to short sequences, and enough programs remain."""
-    block, chunk, _, _ = tiles(shape.inner)
-    chunks = shape.total // chunk
-    programs = (chunks + rows + 1) * -(-shape.outer * shape.inner // block)
-    if rows < 4 * chunks:
-        return 1
-    return next((group for group in (32, 8) if programs >= 4 * group * processors(device)), 1)
+def _together(rows: int, shape: _Shape, block: int, device: int) -> int:
+    """How many sequences go to a program: more where they are short, but so that there is work for every processor."""
+    for number, elements in ((64, 4096), (16, 8192), (4, 8192)):
+        if number * shape.total * block <= elements * rows and rows >= number * 16 * processors(device):
+            return number
+    return 1
 
 
 def _plan(
-    op: int, backward: bool, device: int, dtype: torch.dtype, others: tuple[Any, ...], shape: _Shape, group: int
+    op: int, device: int, dtypes: tuple[torch.dtype, ...], acc: torch.dtype, shape: _Shape, t: Tiles, rows: int, far: bool
 ) -> _Plan:
-    key = (op, backward, device, dtype, others, shape.inner, shape.outer > 1, group)
+    """Return the kernels with `rows` sequences a program and, if `far`, a list of the long ones."""
+    key = (op, device, dtypes, shape.inner, shape.outer > 1, rows, far)
     found = _PLANS.get(key)
     if found is not None:
         return found
-    block, chunk, short, rows = tiles(shape.inner)
-    nothing, padding = _limits(op, dtype)
-    acc = wide(dtype) if dtype.is_floating_point else tl.int64
-    place = {"INNER": shape.inner, "OUTER": shape.outer > 1}
-    limits = {"NOTHING": nothing, "PADDING": padding}
-    summed = {"PADDING": 0 if backward else padding, "ACC": acc, "CHUNK": chunk, "CHUNKS": max(16, 256 // block)}
-    joining = {
-        "OP": 1 if backward else op,
-        "RAW": backward or op == 0,
-        **place,
-        **summed,
-        "BLOCK": block,
-        "GROUP": group,
+    nothing, padding = _limits(op, dtypes[0])
+    shared = {
+        "OP": op,
+        "INNER": shape.inner,
+        "OUTER": shape.outer > 1,
+        "NOTHING": nothing,
+        "PADDING": padding,
+        "ACC": _ACC[acc],
+        "BLOCK": t.block,
     }
-    short_tile = {"ACC": acc, "ROWS": rows, "SHORT": short or 1, "BLOCK": block}
-    chunk_tile = {"ACC": acc, "SHORT": short, "CHUNK": chunk, "BLOCK": block}
-
-    def launcher(kernel: Any, constants: dict[str, Any], warps: int = 8) -> Launcher:
-        return Launcher(kernel, device, constants, num_warps=warps)
-
-    if backward:
-        first = launcher(gradients._short_bwd_kernel, {"OP": op, **place, **short_tile})
-        middle = launcher(
-            gradients._chunk_bwd_kernel, {"OP": op, **place, **chunk_tile, "JOINED": False, "GROUP": group}
-        )
-        last = launcher(gradients._chunk_bwd_kernel, {"OP": op, **place, **chunk_tile, "JOINED": True, "GROUP": group})
-    else:
-        first = launcher(kernels._short_fwd_kernel, {"OP": op, **place, **limits, **short_tile})
-        middle = launcher(kernels._chunk_fwd_kernel, {"OP": op, **place, **limits, **chunk_tile, "GROUP": group})
-        finish = {**place, "PADDING": padding, "ACC": acc, "CHUNK": chunk, "BLOCK": block, "GROUP": group}
-        last = launcher(kernels._soften_kernel, finish)
-    join = launcher(kernels._join_kernel, joining, warps=4)
-    stats = torch.int64 if not dtype.is_floating_point else torch.float64 if dtype == torch.float64 else torch.float32
-    found = _PLANS[key] = _Plan(first, middle, join, last, block, chunk, short, rows, stats)
+    warp = {
+        "STEPS": t.tile // (t.lanes * t.block),
+        "LANES": t.lanes,
+        "NARROW": max(t.short // 8, t.short_lanes),
+        "MIDDLE": max(t.short // 2, t.short_lanes),
+        "SHORT": t.short,
+        "SHORT_LANES": t.short_lanes,
+        "TILE": t.tile,
+        "ROWS": rows,
+        "MEDIUM": t.medium,
+        "PART": t.part,
+        "LISTED": far,
+    }
+    parts = {"STEPS": max(1, t.part_tile // (t.part_lanes * t.block)), "LANES": t.part_lanes, "PART": t.part}
+    found = _PLANS[key] = _Plan(
+        Launcher(kernels._rows_kernel, device, shared | warp, num_warps=1, enable_fp_fusion=False),
+        Launcher(kernels._list_kernel, device, shared | parts | {"LAST": False}, num_warps=t.warps, enable_fp_fusion=False),
+        Launcher(kernels._list_kernel, device, shared | parts | {"LAST": True}, num_warps=t.warps, enable_fp_fusion=False),
+    )
     return found
 
 
@@ -153,36 +168,10 @@ def _integers(x: torch.Tensor) -> torch.Tensor:
 
 def forward(op: int, x: torch.Tensor, offsets: torch.Tensor, ragged_dim: int, lengths: Known) -> torch.Tensor:
     """The softmax of x along its ragged axis, or its reduction, (B, *features)."""
-    shape, rows = _shape(x, ragged_dim), offsets.shape[0] - 1
     features = (*x.shape[:ragged_dim], *x.shape[ragged_dim + 1 :])
-    y = torch.empty(x.shape if op == 0 else (rows, *features), dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    x = _integers(x.contiguous())
-    device = device_number(x)
-    group = _group(rows, shape, device)
-    plan = _plan(op, False, device, y.dtype, (offsets.dtype,), shape, group)
-    cols = shape.outer * shape.inner
-    columns = -(-cols // plan.block)
-    scalars, steps = (rows, shape.total, cols, columns), rows.bit_length()
-    out = _integers(y)
-    if plan.short_size and lengths.shortest <= plan.short_size:
-        plan.short((columns * -(-rows // plan.rows), 1, 1), (x, offsets, out), scalars)
-    if plan.short_size and lengths.longest <= plan.short_size and (lengths.covered or op != 0):
-        return y
-    slots = shape.total // plan.chunk_size + rows + 1
-    long = lengths.longest > plan.chunk_size
-    partial = torch.empty((2 if op in (0, 5) else 1, slots if long else 1, cols), dtype=plan.acc, device=x.device)
-    tops, totals = partial[0], partial[-1]
-    plan.chunk((-(-slots // group) * columns, 1, 1), (x, offsets, out, tops, totals), (*scalars, steps))
-    if not long:
-        return y
-    if op != 0:
-        plan.join((-(-rows // group) * columns, 1, 1), (tops, totals, offsets, out, tops), scalars)
-        return y
-    states = torch.empty((2, rows, cols), dtype=plan.acc, device=x.device)
-    plan.join((-(-rows // group) * columns, 1, 1), (tops, totals, offsets, states[0], states[1]), scalars)
-    plan.last((-(-slots // group) * columns, 1, 1), (x, offsets, out, states[0], states[1]), (*scalars, steps))
+    y = torch.empty(x.shape if op == 0 else (offsets.shape[0] - 1, *features), dtype=x.dtype, device=x.device)
+    x = x.contiguous()
+    _launch(op, (x, x, x), offsets, y, _shape(x, ragged_dim), lengths)
     return y
 
 
@@ -196,27 +185,40 @@ def backward(
     lengths: Known,
 ) -> torch.Tensor:
     """The gradient of `forward`: x is its result where that is a softmax, otherwise what it was given."""
-    shape, rows = _shape(x, ragged_dim), offsets.shape[0] - 1
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if dx.numel() == 0:
-        return dx
-    x, y, dy = x.contiguous(), y.contiguous(), dy.contiguous()
-    device = device_number(x)
-    group = _group(rows, shape, device)
-    plan = _plan(op, True, device, x.dtype, (offsets.dtype, y.dtype, dy.dtype), shape, group)
-    cols = shape.outer * shape.inner
-    columns = -(-cols // plan.block)
-    scalars, steps = (rows, shape.total, cols, columns), rows.bit_length()
-    if plan.short_size and lengths.shortest <= plan.short_size:
-        plan.short((columns * -(-rows // plan.rows), 1, 1), (x, dy, y, offsets, dx), scalars)
-    if lengths.longest <= plan.short_size and lengths.covered:
-        return dx
-    slots = shape.total // plan.chunk_size + rows + 1
-    long = op in _SUMMED and lengths.longest > plan.chunk_size
-    partial = torch.empty((slots if long else 1, cols), dtype=plan.acc, device=x.device)
-    plan.chunk((-(-slots // group) * columns, 1, 1), (x, dy, y, offsets, dx, partial), (*scalars, steps))
-    if long and rows:
-        sums = torch.empty((rows, cols), dtype=plan.acc, device=x.device)
-        plan.join((-(-rows // group) * columns, 1, 1), (partial, partial, offsets, sums, sums), scalars)
-        plan.last((-(-slots // group) * columns, 1, 1), (x, dy, y, offsets, dx, sums), (*scalars, steps))
+    if op in (1, 2):
+        x = dx  # of which only the shape counts
+    tensors = x.contiguous(), dy.contiguous(), y.contiguous()
+    _launch(op + GRADIENT, tensors, offsets, dx, _shape(x, ragged_dim), lengths)
     return dx
+
+
+def _launch(
+    op: int, tensors: tuple[torch.Tensor, ...], offsets: torch.Tensor, out: torch.Tensor, shape: _Shape, known: Known
+) -> None:
+    """Compute `out` from (x, dy, y)."""
+    if out.numel() == 0:
+        return
+    device, rows, cols = device_number(out), offsets.shape[0] - 1, shape.outer * shape.inner
+    acc = out.dtype if out.dtype == torch.float64 else torch.float32 if out.is_floating_point() else torch.int64
+    t = tiles(shape.inner, out.itemsize, acc.itemsize, op >= GRADIENT)
+    columns = -(-cols // t.block)
+    spare = (op == 0 or op >= GRADIENT) and not known.covered  # what lies beyond the last sequence is one, too
+    longest = shape.total if spare else min(known.longest, shape.total)
+    far, cut = longest > t.medium, longest >= 2 * t.part and op not in _UNFOLDED
+    together = _together(rows + spare, shape, t.block, device)
+    dtypes = (out.dtype, offsets.dtype, tensors[1].dtype, tensors[2].dtype)
+    plan = _plan(op, device, dtypes, acc, shape, t, together, far)
+    capacity = shape.total // t.medium if far else 0
+    scalars = (rows, shape.total, cols, columns, capacity)
+    # How many entries the list has, how many were taken, in two passes, and whether any sequence has several.
+    counts = torch.zeros(4, dtype=torch.int32, device=out.device) if far else offsets
+    entries = torch.empty(capacity, dtype=torch.int64, device=out.device) if far else offsets
+    given = (*map(_integers, tensors), offsets, _integers(out), entries, counts)
+    plan.rows((-(-(rows + spare) // together) * columns, 1, 1), given, scalars)
+    if far:
+        programs = min(capacity * columns, 8 * processors(device)), 1, 1
+        states = torch.empty((capacity * columns * 2 * t.block) if cut else 1, dtype=acc, device=out.device)
+        plan.parts(programs, (*given, states), scalars)
+        if cut:
+            plan.last(programs, (*given, states), scalars)
