@@ -124,6 +124,38 @@ def test_bits_of_runs_rows_and_neighbours(what):
             assert_bits(other[1][tokens], together[1][tokens], f"row {row} beside NaN, gradient")
 
 
+@pytest.mark.parametrize("what", [what for what in OPS if what == "varlen_softmax" or what.startswith("reduce")])
+@pytest.mark.parametrize(
+    ("features", "dtype"), [((1,), torch.float32), ((3,), torch.float32), ((16,), torch.float16)], ids=str
+)
+def test_bits_of_every_length_in_other_batches(what, features, dtype):
+    """Around the lengths at which softmax and the reductions go other ways, among few and among many others."""
+    from scree.kernels.triton._segment_launch import tiles
+
+    t = tiles(features[0], dtype.itemsize, 4, False)
+    ways = (t.short // 8, t.short // 2, t.short, t.tile // t.block, t.medium, t.part_tile // t.block, t.part)
+    lengths = (0, 1, *(n + more for n in (*ways, 2 * t.part, 3 * t.part) for more in (-1, 0, 1)), 0)
+    arr = make(features, dtype, lengths)
+    check(what, arr, dtype)
+    weights = normal(*call(what, arr, ()).shape, dtype=dtype, seed=9)
+    out, grad = run(what, arr, (), weights=weights)
+    order = [*reversed(range(len(lengths)))]
+    turned = run(
+        what,
+        arr[order],
+        (),
+        weights=weights.flip(0) if what.startswith("reduce") else arr.with_values(weights)[order].values,
+    )
+    assert_bits(turned[0], out.flip(0) if what.startswith("reduce") else arr.with_values(out)[order].values, "turned")
+    assert_bits(turned[1], arr.with_values(grad)[order].values, "turned, gradient")
+    others = make(features, dtype, tuple(i % 9 for i in range(150_000)))
+    among = run(
+        what, scree.concat([arr, others]), (), weights=torch.cat([weights, torch.zeros_like(call(what, others, ()))])
+    )
+    assert_bits(among[0][: len(out)], out, "among many")
+    assert_bits(among[1][: len(grad)], grad, "among many, gradient")
+
+
 @pytest.mark.parametrize("what", PER_TOKEN)
 def test_spare_values_get_nothing_and_give_nothing(what):
     arr = make((2, 64), torch.float16)

@@ -25,6 +25,8 @@ HOPPER = "_hopper_fwd_kernel"  # instead of FORWARD, where it serves
 # Where attention does not fit in the registers, for which widest head dim, and how much of it at most: measured, this
 # was the fastest. What is not here must not spill at all.
 SPILLS = {("sm_90", DKV): {128: 16}}
+# Masks: AMD keeps them in scalar registers, and where there are too few of those, in lanes of vector registers.
+SCALARS = {("gfx942", "_rows_kernel"): 24}
 
 
 def spills_allowed(target, name, dim):
@@ -32,9 +34,9 @@ def spills_allowed(target, name, dim):
     return max((most for widest, most in SPILLS.get((target, name), {}).items() if dim <= widest), default=0)
 
 
-def array(dtype, *features):
-    values = torch.from_numpy(normal((300, *features), 0)).to(dtype).requires_grad_()
-    return scree.Array(values, torch.tensor([0, 100, 300], dtype=torch.int32))
+def array(dtype, *features, tokens=300):
+    values = torch.from_numpy(normal((tokens, *features), 0)).to(dtype).requires_grad_()
+    return scree.Array(values, torch.tensor([0, 100, tokens], dtype=torch.int32))
 
 
 def attention(dtype, dim, **options):
@@ -126,19 +128,27 @@ def test_ops_that_move_memory(monkeypatch, target, op, dtype, size):
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_reduce(monkeypatch, target):
     for code in codes(monkeypatch, target, reduce, torch.float32, 64):
-        assert not code.spills, f"{code.launch} spills: {code.spills}"
+        assert code.spills <= SCALARS.get((target, code.launch.name), 0), f"{code.launch} spills: {code.spills}"
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_many_short_sequences(monkeypatch, target):
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1), (torch.float16, 16)], ids=str)
+def test_softmax_and_reductions_of_unknown_lengths(monkeypatch, target, dtype, size):
     from scree.kernels.triton import _segment_launch, _segments
 
-    monkeypatch.setattr(_segment_launch, "_group", lambda *args: 8)
+    monkeypatch.setattr(_segment_launch, "_together", lambda *args: 16)
     monkeypatch.setattr(_segments, "known", lambda arr: _segment_launch.Known())  # as of offsets on a device
-    for call in (lambda: per_token("varlen_softmax", torch.float32, 1), lambda: reduce(torch.float32, 1)):
-        found = codes(monkeypatch, target, call)
-        groups = {dict(code.launch.constants).get("GROUP") for code in found if "chunk" in code.launch.name}
-        assert groups == {8}
+
+    def call():
+        arr = array(dtype, size, tokens=70_000)
+        kernels.varlen_softmax(arr, implementation="triton").values.sum().backward()
+        kernels.varlen_reduce(arr, "sum", implementation="triton").sum().backward()
+
+    found = codes(monkeypatch, target, call)
+    kinds = [(code.launch.name, dict(code.launch.constants).get("LAST")) for code in found]
+    assert {("_rows_kernel", None), ("_list_kernel", False), ("_list_kernel", True)} <= set(kinds)
+    for code in found:
+        assert code.spills <= SCALARS.get((target, code.launch.name), 0), f"{code.launch} spills: {code.spills}"
 
 
 @pytest.mark.parametrize("target", offline.TARGETS)

@@ -438,7 +438,7 @@ def _rows_kernel(
                 most = tl.max(parts, 0)
                 if most > 1:
                     tl.store(counts_ptr + 3, 1)
-                for k in range(0, most):
+                for k in range(most):
                     entry = tl.where(fits, (begin + index) * PARTS + k, -1)
                     tl.store(list_ptr + at + k, entry, mask=(k < parts) & (at + k < capacity))
                 mine = mine | ((lengths > MEDIUM) & (at + parts > capacity))  # of offsets that fall: done here
