@@ -26,7 +26,7 @@ HOPPER = "_hopper_fwd_kernel"  # instead of FORWARD, where it serves
 # was the fastest. What is not here must not spill at all.
 SPILLS = {("sm_90", DKV): {128: 16}}
 # Masks: AMD keeps them in scalar registers, and where there are too few of those, in lanes of vector registers.
-SCALARS = {("gfx942", "_rows_kernel"): 24}
+SCALARS = {("gfx942", "_rows_kernel"): 24, ("gfx942", "_list_kernel"): 2}
 
 
 def spills_allowed(target, name, dim):

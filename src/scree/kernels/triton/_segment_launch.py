@@ -18,7 +18,9 @@ _UNFOLDED = (7, 8, 11)  # gradients that need no sum over the tokens
 
 _INF = float("inf")
 _UNKNOWN = 2**62
-_EXACT = {"enable_fp_fusion": False}  # what becomes one operation depends on the tile, and so would the bits
+_EXACT: dict[str, Any] = {
+    "enable_fp_fusion": False
+}  # what becomes one operation depends on the tile, and so would the bits
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64, torch.int64: tl.int64}
 
 
@@ -163,7 +165,7 @@ def _plan(
     }
     # As measured on an H200, more programs are worth more than their registers here, and nothing spills for them.
     capped = op < GRADIENT and t.block == 1 and dtypes[0].itemsize == 2 and capability(device) == (9, 0)
-    cap = {"maxnreg": 96} if capped else {}
+    cap: dict[str, Any] = {"maxnreg": 96} if capped else {}
     parts = {"STEPS": max(1, t.part_tile // (t.part_lanes * t.block)), "LANES": t.part_lanes, "PART": t.part}
     found = _PLANS[key] = _Plan(
         Launcher(kernels._rows_kernel, device, shared | warp, num_warps=1, **_EXACT, **cap),
