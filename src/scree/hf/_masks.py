@@ -1,0 +1,169 @@
+"""The mask function: what transformers knows of a batch, once a forward pass, put into what the attention needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _layouts, _pattern
+from ._layouts import Layout, Rows
+from ._pattern import Pattern, refusal
+
+KEY, QUERY = 1, 2
+"""What a place in the mask says: there is a key; here a query stands."""
+
+
+def mask(
+    batch_size: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    cache_position: Tensor | None = None,
+    device: Any = None,
+    **options: Any,
+) -> Tensor:
+    """Make the mask of a batch: transformers calls this once for each kind of layer, and each layer is handed the result.
+
+    Parameters
+    ----------
+    batch_size, q_length, kv_length : int
+        B, S and K: rows, queries in each, and keys in each, those in the cache included.
+    q_offset, kv_offset : int, or tensor of (), integer
+        The positions of the first query and of the first key.
+    mask_function : function
+        Which keys a query may see, by their positions.
+    attention_mask : tensor of (B, positions), bool, optional
+        True at tokens.
+    cache_position : tensor of (S,), integer
+        The positions of the queries: how transformers 4 tells `q_length` and `q_offset`.
+    **options
+        What transformers tells other implementations.
+
+    Returns
+    -------
+    tensor of (B, 1, 1, K), int8
+        1 where there is a key, and 2 more where a query stands. It has four axes so that transformers hands it on as it
+        is, and it carries a `Layout`.
+    """
+    if cache_position is not None:
+        q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
+        if not cache_position.is_cuda and not torch.compiler.is_compiling():
+            q_offset = int(q_offset)
+    if q_length is None or mask_function is None:
+        raise TypeError("scree attention: the mask function was called without q_length or mask_function")
+    options |= {"q_length": q_length, "kv_length": kv_length, "attention_mask": attention_mask}
+    columns = torch.arange(kv_length, device=device)
+    pattern = _pattern_of(mask_function, kv_length + kv_offset, options, batch_size, columns)
+    first = q_offset - kv_offset
+    keys = _keys(attention_mask, batch_size, kv_length, kv_offset, columns)
+    roles = keys.to(torch.int8)
+    if pattern.causal or (q_length == kv_length and not _has_cross_attention(options.get("config"))):
+        stands = columns < first + q_length
+        roles = roles * stands + QUERY * (stands & (columns >= first))
+    else:
+        first = None
+    if attention_mask is None and (first is None or (isinstance(first, int) and first + q_length == kv_length)):
+        layout = full(batch_size, q_length, kv_length, pattern, columns)
+    else:
+        layout = of_roles(roles, q_length, pattern, first)
+        layout.given = attention_mask is not None
+    return _layouts.attach_to_own(roles[:, None, None], layout)
+
+
+def _pattern_of(
+    mask_function: Callable[..., Any], end: int, options: dict[str, Any], batch_size: int, columns: Tensor
+) -> Pattern:
+    if not torch.compiler.is_compiling():
+        return _pattern.read(mask_function, end)
+
+    def segments() -> Tensor:
+        """A sequence begins where a token does not see the one before."""
+        rows = torch.arange(batch_size, device=columns.device)[:, None]
+        before = (columns - 1).clamp(min=0)
+        return (~mask_function(rows, rows * 0, columns[None], before[None])).cumsum(1)
+
+    return _pattern.guess(mask_function, options, segments)
+
+
+def _has_cross_attention(config: Any) -> bool:
+    """Whether some mask of this model may be of other tokens than the queries."""
+    names = ("is_encoder_decoder", "add_cross_attention", "is_decoder", "cross_attention_frequency")
+    return any(getattr(config, name, None) for name in names)
+
+
+def _keys(given: Tensor | None, batch_size: int, kv_length: int, kv_offset: int, columns: Tensor) -> Tensor:
+    """(B, K), bool: the part of the mask that is about these keys. What the mask does not tell of is no key."""
+    if given is None:
+        return torch.ones_like(columns, dtype=torch.bool).expand(batch_size, -1)
+    part = given[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+    return torch.nn.functional.pad(part, (0, kv_length - part.shape[1]))
+
+
+def full(batch_size: int, q_length: int, kv_length: int, pattern: Pattern, like: Tensor) -> Layout:
+    """The layout of a batch without padding, whose queries are the last of its tokens."""
+
+    def find() -> tuple[Rows, Rows]:
+        if pattern.segments is not None:
+            rows = _layouts.of_segments(pattern.segments)
+            return rows, rows
+        k = _layouts.uniform(batch_size, kv_length, like.device)
+        return k if q_length == kv_length else _layouts.uniform(batch_size, q_length, like.device), k
+
+    return Layout(pattern, find)
+
+
+def of_roles(roles: Tensor, q_length: int, pattern: Pattern, first: int | Tensor | None) -> Layout:
+    """The layout that a mask (B, K) of roles tells of; `first` is the column of the first query, None for other tokens."""
+    batch_size, kv_length = roles.shape
+
+    def find() -> tuple[Rows, Rows]:
+        keys = (roles & KEY).bool()
+        k = _layouts.of_mask(keys)
+        if first is None:
+            return _layouts.uniform(batch_size, q_length, roles.device), k
+        if q_length == kv_length:
+            return k, k
+        columns = torch.arange(q_length, device=roles.device) + first
+        return _layouts.of_mask(keys.index_select(1, columns)), k
+
+    return Layout(pattern, find, given=True)
+
+
+def of_lost(mask: Tensor, q_length: int, pattern: Pattern) -> Layout:
+    """The layout of a mask that was copied (to another device, say), and so no longer carries it."""
+    roles = mask[:, 0, 0]
+    stands = roles[0] >= QUERY
+    first = stands.to(torch.int8).argmax() if bool(stands.any()) else None
+    return of_roles(roles, q_length, pattern, first)
+
+
+def of_foreign(mask: Tensor, q_length: int, kv_length: int, pattern: Pattern) -> Layout:
+    """The layout of a mask that a model made by itself: of padding alone.
+
+    Parameters
+    ----------
+    mask : tensor of (B, K), true at tokens; or of (B, 1, 1 or S, K), bool and true at tokens, or added to the scores
+    """
+    if mask.dtype == torch.int8 and mask.shape[1:3] == (1, 1):
+        return of_lost(mask, q_length, pattern)
+    if mask.ndim == 2 and mask.shape[1] == kv_length:
+        first = kv_length - q_length if pattern.causal else None
+        return of_roles(mask.to(torch.bool).to(torch.int8), q_length, pattern, first)
+    if mask.ndim != 4 or mask.shape[3] != kv_length:
+        raise refusal(f"an attention mask of shape {tuple(mask.shape)} for {q_length} queries and {kv_length} keys")
+    if torch.compiler.is_compiling():
+        raise refusal("a 4-D mask that the model made itself, under torch.compile,")
+    if mask.shape[1] != 1 or not bool((mask == mask[:, :, :1]).all()):
+        raise refusal("a 4-D attention mask that tells different queries different things")
+    told = mask[:, 0, 0]
+    keys = told if told.dtype == torch.bool else told == 0
+    if not bool((keys | (told <= -1e4)).all()) if told.dtype != torch.bool else False:
+        raise refusal("a 4-D attention mask that adds a bias to the scores")
+    return of_roles(keys.to(torch.int8), q_length, Pattern(causal=False), None)
