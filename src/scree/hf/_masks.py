@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _layouts, _pattern
+from . import _layouts, _mask_tensor, _pattern
 from ._layouts import Layout, Rows
 from ._pattern import Pattern, refusal
-
-KEY, QUERY = 1, 2
-"""What a place in the mask says: there is a key; here a query stands."""
 
 
 def mask(
@@ -48,33 +45,29 @@ def mask(
 
     Returns
     -------
-    tensor of (B, 1, 1, K), int8
-        1 where there is a key, and 2 more where a query stands. It has four axes so that transformers hands it on as it
-        is, and it carries a `Layout`.
+    Mask of (B, 1, 2, K), int8
+        It carries a `Layout`.
     """
     if cache_position is not None:
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
-        if not cache_position.is_cuda and not torch.compiler.is_compiling():
-            q_offset = int(q_offset)
     if q_length is None or mask_function is None:
         raise TypeError("scree attention: the mask function was called without q_length or mask_function")
     options |= {"q_length": q_length, "kv_length": kv_length, "attention_mask": attention_mask}
     columns = torch.arange(kv_length, device=device)
     pattern = _pattern_of(mask_function, kv_length + kv_offset, options, batch_size, columns)
-    first = q_offset - kv_offset
     keys = _keys(attention_mask, batch_size, kv_length, kv_offset, columns)
-    roles = keys.to(torch.int8)
     if pattern.causal or (q_length == kv_length and not _has_cross_attention(options.get("config"))):
+        first = 0 if q_length == kv_length else q_offset - kv_offset
         stands = columns < first + q_length
-        roles = roles * stands + QUERY * (stands & (columns >= first))
-    else:
-        first = None
+        keys, queries = keys & stands, stands & (columns >= first)
+    else:  # the keys may be of other tokens
+        first, queries = None, torch.zeros_like(columns, dtype=torch.bool)
     if attention_mask is None and (first is None or (isinstance(first, int) and first + q_length == kv_length)):
         layout = full(batch_size, q_length, kv_length, pattern, columns)
     else:
-        layout = of_roles(roles, q_length, pattern, first)
+        layout = of_keys(keys, q_length, pattern, first)
         layout.given = attention_mask is not None
-    return _layouts.attach_to_own(roles[:, None, None], layout)
+    return _layouts.attach_to_own(_mask_tensor.pack(keys, queries), layout)
 
 
 def _pattern_of(
@@ -119,29 +112,20 @@ def full(batch_size: int, q_length: int, kv_length: int, pattern: Pattern, like:
     return Layout(pattern, find)
 
 
-def of_roles(roles: Tensor, q_length: int, pattern: Pattern, first: int | Tensor | None) -> Layout:
-    """The layout that a mask (B, K) of roles tells of; `first` is the column of the first query, None for other tokens."""
-    batch_size, kv_length = roles.shape
+def of_keys(keys: Tensor, q_length: int, pattern: Pattern, first: int | Tensor | None) -> Layout:
+    """The layout where there are keys at (B, K), bool; `first` is the place of the first query, None for other tokens."""
+    batch_size, kv_length = keys.shape
 
     def find() -> tuple[Rows, Rows]:
-        keys = (roles & KEY).bool()
         k = _layouts.of_mask(keys)
         if first is None:
-            return _layouts.uniform(batch_size, q_length, roles.device), k
+            return _layouts.uniform(batch_size, q_length, keys.device), k
         if q_length == kv_length:
             return k, k
-        columns = torch.arange(q_length, device=roles.device) + first
-        return _layouts.of_mask(keys.index_select(1, columns)), k
+        places = torch.arange(q_length, device=keys.device) + first
+        return _layouts.of_mask(keys.index_select(1, places)), k
 
     return Layout(pattern, find, given=True)
-
-
-def of_lost(mask: Tensor, q_length: int, pattern: Pattern) -> Layout:
-    """The layout of a mask that was copied (to another device, say), and so no longer carries it."""
-    roles = mask[:, 0, 0]
-    stands = roles[0] >= QUERY
-    first = stands.to(torch.int8).argmax() if bool(stands.any()) else None
-    return of_roles(roles, q_length, pattern, first)
 
 
 def of_foreign(mask: Tensor, q_length: int, kv_length: int, pattern: Pattern) -> Layout:
@@ -151,11 +135,13 @@ def of_foreign(mask: Tensor, q_length: int, kv_length: int, pattern: Pattern) ->
     ----------
     mask : tensor of (B, K), true at tokens; or of (B, 1, 1 or S, K), bool and true at tokens, or added to the scores
     """
-    if mask.dtype == torch.int8 and mask.shape[1:3] == (1, 1):
-        return of_lost(mask, q_length, pattern)
+    ours = _mask_tensor.planes(mask)
+    if ours is not None:  # it was copied, to another device, say, and no longer carries its layout
+        keys, queries = ours
+        return of_keys(keys, q_length, pattern, queries.to(torch.int8).argmax() if pattern.causal else None)
     if mask.ndim == 2 and mask.shape[1] == kv_length:
         first = kv_length - q_length if pattern.causal else None
-        return of_roles(mask.to(torch.bool).to(torch.int8), q_length, pattern, first)
+        return of_keys(mask.to(torch.bool), q_length, pattern, first)
     if mask.ndim != 4 or mask.shape[3] != kv_length:
         raise refusal(f"an attention mask of shape {tuple(mask.shape)} for {q_length} queries and {kv_length} keys")
     if torch.compiler.is_compiling():
@@ -166,4 +152,4 @@ def of_foreign(mask: Tensor, q_length: int, kv_length: int, pattern: Pattern) ->
     keys = told if told.dtype == torch.bool else told == 0
     if not bool((keys | (told <= -1e4)).all()) if told.dtype != torch.bool else False:
         raise refusal("a 4-D attention mask that adds a bias to the scores")
-    return of_roles(keys.to(torch.int8), q_length, Pattern(causal=False), None)
+    return of_keys(keys, q_length, Pattern(causal=False), None)

@@ -1,0 +1,57 @@
+"""The tensor that stands in for an attention mask on its way through a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._pattern import refusal
+
+KEYS, QUERIES = 0, 1
+"""The planes of a mask."""
+
+_HANDED_ON = frozenset(
+    """__deepcopy__ __get__ __getitem__ __hash__ __len__ __reduce_ex__ __repr__ __set__ as_subclass chunk clone contiguous
+    cpu cuda data_ptr detach dim expand index_select is_contiguous is_inference numel pin_memory repeat repeat_interleave
+    size split stride to type untyped_storage""".split()
+)
+
+
+class Mask(Tensor):
+    """(B, 1, 2, K), int8: 1 where there is a key, and 1 where a query stands.
+
+    It has four axes, so that transformers hands it on as it is. It can be moved, copied and cut, and nothing else: a model
+    that computes with its mask does not use the attention interface, and would be silently wrong.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Refuse arithmetic."""
+        if getattr(func, "__name__", "") not in _HANDED_ON:
+            raise refusal(
+                "a model that does not use transformers' attention interface, but computes with its mask by itself "
+                f"({getattr(func, '__name__', func)}),"
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def pack(keys: Tensor, queries: Tensor) -> Tensor:
+    """Make a mask of the places of keys (B, K) and of queries (K,), both bool.
+
+    Under a compiler it is a plain tensor, whose shape no scores can be added to.
+    """
+    planes = torch.stack([keys, queries.expand_as(keys)], 1).to(torch.int8)[:, None]
+    return planes if torch.compiler.is_compiling() else planes.as_subclass(Mask)
+
+
+def planes(mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The keys (B, K) and queries (K,), bool, of a mask of ours; None of another."""
+    if mask.dtype != torch.int8 or mask.ndim != 4 or mask.shape[1:3] != (1, 2):
+        return None
+    plain = mask.as_subclass(Tensor)[:, 0].bool() if isinstance(mask, Mask) else mask[:, 0].bool()
+    return plain[:, KEYS], plain[0, QUERIES]
