@@ -96,7 +96,7 @@ def attention(
     packed = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if any(given is not None for given in packed):
-        pattern, (q, k) = _packed(query, key, packed, attention_mask, position_ids, causal, sliding_window)
+        pattern, (q, k) = _packed(module, query, key, packed, attention_mask, position_ids, causal, sliding_window)
         if others.get("use_cache") and module.training:
             _warn("use_cache", "a packed batch in training fills a cache that nothing can read; pass use_cache=False")
     else:
@@ -149,6 +149,7 @@ def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
 
 
 def _packed(
+    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     given: tuple[Any, ...],
@@ -161,29 +162,32 @@ def _packed(
     for name, value in zip(_PACKED, given, strict=True):
         if value is None:
             raise ValueError(f"scree attention: {name} is missing; a packed batch needs {', '.join(_PACKED)}")
+    config = getattr(module, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise refusal(f"a packed batch in a model with cross-attention ({type(module).__name__})", "pad it")
     offsets_q, offsets_k = given[:2]
     batch_size, _, length, _ = query.shape
     if batch_size != 1:
         raise ValueError(
             f"scree attention: the batch has {batch_size} rows beside cu_seq_lens_q; needs 1, all sequences end to end"
         )
-    if key.shape[2] != length and offsets_k is offsets_q:
+    if key.shape[2] != length:
         raise ValueError(
-            f"scree attention: {key.shape[2]} keys for {length} packed queries: a cache holds more than this batch; "
-            "pass use_cache=False, or no past_key_values, with a packed batch"
+            f"scree attention: {key.shape[2]} keys for {length} packed queries: a cache holds more than this batch; pass "
+            "a packed batch with use_cache=False and without a cache"
         )
     pattern = _pattern.of_keywords(causal, sliding_window)
-    made = None if attention_mask is None else _layouts.attached(attention_mask)
-    if made is not None:
-        pattern = made.pattern
-    _expect_no_mask(attention_mask, made)
-    return pattern, _packed_rows(offsets_q, offsets_k, length, key.shape[2], position_ids)
+    if attention_mask is not None:
+        layout = _layout_of(attention_mask, length, length, pattern)
+        _expect_no_padding(layout)
+        pattern = layout.pattern
+    return pattern, _packed_rows(offsets_q, offsets_k, length, position_ids)
 
 
-def _expect_no_mask(attention_mask: Tensor | None, made: Layout | None) -> None:
-    if attention_mask is None or (made is not None and not made.given):
+def _expect_no_padding(layout: Layout) -> None:
+    if not layout.given:
         return
-    if made is not None and made.rows[1].whole:
+    if layout.rows[1].whole:
         _warn("mask", "attention_mask beside cu_seq_lens_q is all ones, and not needed; leave it out of a packed batch")
         return
     raise ValueError(
@@ -192,21 +196,19 @@ def _expect_no_mask(attention_mask: Tensor | None, made: Layout | None) -> None:
     )
 
 
-def _packed_rows(
-    offsets_q: Tensor, offsets_k: Tensor, length: int, kv_length: int, position_ids: Tensor | None
-) -> tuple[Rows, Rows]:
+def _packed_rows(offsets_q: Tensor, offsets_k: Tensor, length: int, position_ids: Tensor | None) -> tuple[Rows, Rows]:
     """Where the tokens of a packed batch are; kept with its offsets, where it is checked once."""
     traced = torch.compiler.is_compiling()
     known: _Checked | None = None if traced else _layouts.attached(offsets_q)
-    if known is not None and known.fits(offsets_k, length, kv_length, position_ids):
+    if known is not None and known.fits(offsets_k, length, position_ids):
         return known.rows
     q = _layouts.of_offsets("cu_seq_lens_q", offsets_q, length)
     same = offsets_k is offsets_q or _equal_on_host(offsets_q, offsets_k)
-    k = q if same else _layouts.of_offsets("cu_seq_lens_k", offsets_k, kv_length)
+    k = q if same else _layouts.of_offsets("cu_seq_lens_k", offsets_k, length)
     if not traced:
         if position_ids is not None:
             _positions.expect_packed(position_ids, q.places)
-        _layouts.attach(offsets_q, _Checked(offsets_k, length, kv_length, position_ids, (q, k)))
+        _layouts.attach(offsets_q, _Checked(offsets_k, length, position_ids, (q, k)))
     return q, k
 
 
@@ -215,16 +217,11 @@ class _Checked(NamedTuple):
 
     offsets_k: Tensor
     length: int
-    kv_length: int
     position_ids: Tensor | None
     rows: tuple[Rows, Rows]
 
-    def fits(self, offsets_k: Tensor, length: int, kv_length: int, position_ids: Tensor | None) -> bool:
-        return (
-            self.offsets_k is offsets_k
-            and (self.length, self.kv_length) == (length, kv_length)
-            and self.position_ids is position_ids
-        )
+    def fits(self, offsets_k: Tensor, length: int, position_ids: Tensor | None) -> bool:
+        return self.offsets_k is offsets_k and self.length == length and self.position_ids is position_ids
 
 
 def _equal_on_host(a: Tensor, b: Tensor) -> bool:
@@ -247,11 +244,17 @@ def _padded(
     if attention_mask is None:
         layout = _masks.full(batch_size, length, kv_length, pattern, query)
     else:
-        layout = _layouts.attached(attention_mask)
-        if layout is None:
-            layout = _masks.of_foreign(attention_mask, length, kv_length, pattern)
-            _layouts.attach(attention_mask, layout)
+        layout = _layout_of(attention_mask, length, kv_length, pattern)
     if position_ids is not None and layout.vetted is not position_ids:
         _positions.compare(layout, position_ids, batch_size, length, kv_length)
         layout.vetted = position_ids
+    return layout
+
+
+def _layout_of(mask: Tensor, length: int, kv_length: int, pattern: Pattern) -> Layout:
+    """The layout that a mask carries, or that can be read in it."""
+    layout: Layout | None = _layouts.attached(mask)
+    if layout is None:
+        layout = _masks.of_copy(mask, length, pattern) or _masks.of_foreign(mask, length, kv_length, pattern)
+        _layouts.attach(mask, layout)
     return layout

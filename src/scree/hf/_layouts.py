@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import _check
 from .._array import Array
-from .._offsets import Structure
+from .._backends import torch as torch_backend
+from .._backends.torch import host_view
+from .._offsets import Structure, signed
 from ._pattern import Pattern
 
 
@@ -134,14 +137,21 @@ def of_segments(segments: Tensor) -> Rows:
 
 
 def of_offsets(name: str, offsets: Tensor, total: int) -> Rows:
-    """The rows of a packed batch, which are all there is."""
+    """The rows of a packed batch of `total` places; those beyond the last row belong to none (`scree.with_capacity`).
+
+    Offsets on the host are checked in full; on a device, and by a compiler, they are taken as they are.
+    """
     places = offsets.new_zeros(1).expand(total)
-    if torch.compiler.is_compiling() or offsets.device.type != "cpu":
+    host = host_view(offsets)
+    if host is None:
         return Rows(_spare(places, offsets), True, size=total)
     try:
-        return Rows(Array(places, offsets), True, size=total)
+        _check.integers(torch_backend, offsets, name)
+        _check.host_offsets(host, total, spare=True)
     except (TypeError, ValueError) as wrong:
-        raise type(wrong)(f"scree attention: {name}, as offsets of {total} tokens: {wrong}") from wrong
+        raise type(wrong)(f"scree attention: {name} of a packed batch of {total} tokens: {wrong}") from wrong
+    structure = Structure(signed(host), spare=int(host[-1]) < total)
+    return Rows(Array._make(places, offsets, 0, structure), True, size=total)
 
 
 def _array(places: Tensor, offsets: Tensor) -> Array:

@@ -13,11 +13,12 @@ from ._pattern import refusal
 KEYS, QUERIES = 0, 1
 """The planes of a mask."""
 
-_HANDED_ON = frozenset(
-    """__deepcopy__ __get__ __getitem__ __hash__ __len__ __reduce_ex__ __repr__ __set__ as_subclass chunk clone contiguous
-    cpu cuda data_ptr detach dim expand index_select is_contiguous is_inference numel pin_memory repeat repeat_interleave
-    size split stride to type untyped_storage""".split()
-)
+_HANDED_ON = {
+    "__deepcopy__", "__get__", "__getitem__", "__hash__", "__len__", "__reduce_ex__", "__repr__", "__set__",
+    "as_subclass", "chunk", "clone", "contiguous", "cpu", "cuda", "data_ptr", "detach", "dim", "expand", "index_select",
+    "is_contiguous", "is_inference", "numel", "pin_memory", "repeat", "repeat_interleave", "size", "split", "stride", "to",
+    "type", "untyped_storage",
+}  # fmt: skip
 
 
 class Mask(Tensor):
@@ -37,16 +38,22 @@ class Mask(Tensor):
                 "a model that does not use transformers' attention interface, but computes with its mask by itself "
                 f"({getattr(func, '__name__', func)}),"
             )
-        return super().__torch_function__(func, types, args, kwargs or {})
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(result, Mask) and isinstance(args[0], Mask) and result is not args[0]:
+            result.origin = args[0] if args[0].origin is None else args[0].origin
+        return result
+
+    origin: Mask | None = None
+    """The mask that this is a copy or a part of."""
 
 
-def pack(keys: Tensor, queries: Tensor) -> Tensor:
+def pack(keys: Tensor, queries: Tensor, plain: bool) -> Tensor:
     """Make a mask of the places of keys (B, K) and of queries (K,), both bool.
 
-    Under a compiler it is a plain tensor, whose shape no scores can be added to.
+    A compiler wants a plain tensor; then scores cannot be added to its shape, at least.
     """
-    planes = torch.stack([keys, queries.expand_as(keys)], 1).to(torch.int8)[:, None]
-    return planes if torch.compiler.is_compiling() else planes.as_subclass(Mask)
+    both = torch.stack([keys, queries.expand_as(keys)], 1).to(torch.int8)[:, None]
+    return both if plain else both.as_subclass(Mask)
 
 
 def planes(mask: Tensor) -> tuple[Tensor, Tensor] | None:

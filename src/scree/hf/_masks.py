@@ -67,7 +67,8 @@ def mask(
     else:
         layout = of_keys(keys, q_length, pattern, first)
         layout.given = attention_mask is not None
-    return _layouts.attach_to_own(_mask_tensor.pack(keys, queries), layout)
+    compiled = torch.compiler.is_compiling() or isinstance(first, Tensor)  # a cache for compilers tells it as a tensor
+    return _layouts.attach_to_own(_mask_tensor.pack(keys, queries, compiled), layout)
 
 
 def _pattern_of(
@@ -128,6 +129,23 @@ def of_keys(keys: Tensor, q_length: int, pattern: Pattern, first: int | Tensor |
     return Layout(pattern, find, given=True)
 
 
+def of_copy(mask: Tensor, q_length: int, pattern: Pattern) -> Layout | None:
+    """The layout of a copy of a mask of ours (on another device, say), which does not carry it; None of another mask."""
+    ours = _mask_tensor.planes(mask)
+    if ours is None:
+        return None
+    keys, queries = ours
+    original: Layout | None = _layouts.attached(getattr(mask, "origin", None))
+    if original is not None:
+        pattern = original.pattern
+        if pattern.segments is not None:
+            pattern = pattern._replace(segments=pattern.segments.to(keys.device))
+            return full(keys.shape[0], q_length, keys.shape[1], pattern, keys)
+    layout = of_keys(keys, q_length, pattern, queries.to(torch.int8).argmax() if pattern.causal else None)
+    layout.given = original is None or original.given
+    return layout
+
+
 def of_foreign(mask: Tensor, q_length: int, kv_length: int, pattern: Pattern) -> Layout:
     """The layout of a mask that a model made by itself: of padding alone.
 
@@ -135,10 +153,6 @@ def of_foreign(mask: Tensor, q_length: int, kv_length: int, pattern: Pattern) ->
     ----------
     mask : tensor of (B, K), true at tokens; or of (B, 1, 1 or S, K), bool and true at tokens, or added to the scores
     """
-    ours = _mask_tensor.planes(mask)
-    if ours is not None:  # it was copied, to another device, say, and no longer carries its layout
-        keys, queries = ours
-        return of_keys(keys, q_length, pattern, queries.to(torch.int8).argmax() if pattern.causal else None)
     if mask.ndim == 2 and mask.shape[1] == kv_length:
         first = kv_length - q_length if pattern.causal else None
         return of_keys(mask.to(torch.bool), q_length, pattern, first)

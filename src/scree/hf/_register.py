@@ -6,6 +6,7 @@ import re
 import warnings
 from typing import Any
 
+from .._backends import load
 from ..bridges._handover import library
 
 OLDEST, NEWEST = (4, 57), (5, 24)
@@ -48,6 +49,7 @@ def register(name: str = "scree") -> None:
     from ._attention import attention
     from ._masks import mask
 
+    load("torch")  # a compiler that traces the first call cannot import
     _expect_name(name)
     _check_version(transformers.__version__)
     registries: tuple[tuple[Any, Any], ...] = (
