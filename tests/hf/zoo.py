@@ -83,6 +83,13 @@ def make(name):
     return model
 
 
+def cache_name():
+    """Return the keyword for a cache, which transformers renamed in 5."""
+    import transformers
+
+    return "cache" if int(transformers.__version__.partition(".")[0]) >= 5 else "past_key_values"
+
+
 class Batch(NamedTuple):
     """A padded batch, and where its tokens are: ``inputs["attention_mask"].bool()``."""
 
