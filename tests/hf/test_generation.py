@@ -60,7 +60,7 @@ def test_a_prompt_in_pieces(name, padding, cache):
             given = {} if padding is None else {"attention_mask": mask[:, :end]}
             given["position_ids"] = batch.inputs["position_ids"][:, begin:end]
             with torch.no_grad():
-                parts.append(model(ids[:, begin:end], **given, **{zoo.cache_name(): past})[0])
+                parts.append(model(ids[:, begin:end], **given, **zoo.cached(past, begin, end))[0])
         out[implementation] = torch.cat(parts, 1)[batch.tokens]
     zoo.assert_rounding(out["scree"], out["eager"])
 
@@ -73,6 +73,6 @@ def test_a_cache_beside_a_packed_batch():
     past = transformers.DynamicCache(config=model.config)
     batch = zoo.packed("llama")
     with torch.no_grad():
-        model(**batch, **{zoo.cache_name(): past})
+        model(**batch, **zoo.cached(past, 0, 25))
         with pytest.raises(ValueError, match="50 keys for 25 packed queries: a cache holds more than this batch"):
-            model(**batch, **{zoo.cache_name(): past})
+            model(**batch, **zoo.cached(past, 25, 50))

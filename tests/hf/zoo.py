@@ -1,6 +1,7 @@
 """Models of transformers, tiny and random, and the batches that they are tried on."""
 
 import functools
+import importlib.metadata
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,10 @@ ENCODERS = {
         _COMMON | {"local_attention": 4, "global_attn_every_n_layers": 2, "attention_dropout": 0.0},
     ),
 }
-KINDS = CAUSAL | ENCODERS
+FIVE = int(importlib.metadata.version("transformers").partition(".")[0]) >= 5
+"""Transformers 5, where encoders use the attention interface too."""
+
+KINDS = CAUSAL | (ENCODERS if FIVE else {})
 
 
 @functools.cache
@@ -83,11 +87,12 @@ def make(name):
     return model
 
 
-def cache_name():
-    """Return the keyword for a cache, which transformers renamed in 5."""
-    import transformers
-
-    return "cache" if int(transformers.__version__.partition(".")[0]) >= 5 else "past_key_values"
+def cached(cache, begin, end):
+    """Return the keywords that give a model tokens `begin` to `end` and a cache of those before."""
+    if FIVE:
+        return {"cache": cache}
+    # Transformers 4 counts what is in a static cache by its keys that are not 0, and a token of padding has such.
+    return {"past_key_values": cache, "cache_position": torch.arange(begin, end)}
 
 
 class Batch(NamedTuple):
