@@ -100,7 +100,7 @@ def attention(
         if others.get("use_cache") and module.training:
             _warn("use_cache", "a packed batch in training fills a cache that nothing can read; pass use_cache=False")
     else:
-        layout = _padded(query, key, attention_mask, position_ids, causal, sliding_window)
+        layout = _padded(module, query, key, attention_mask, position_ids, causal, sliding_window)
         pattern, (q, k) = layout.pattern, layout.rows
     query, key, value = _one_dtype(query, key, value)
     out = kernels.varlen_attention(
@@ -230,6 +230,7 @@ def _equal_on_host(a: Tensor, b: Tensor) -> bool:
 
 
 def _padded(
+    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     attention_mask: Tensor | None,
@@ -243,9 +244,10 @@ def _padded(
     pattern = _pattern.of_keywords(causal, sliding_window)
     if attention_mask is None:
         layout = _masks.full(batch_size, length, kv_length, pattern, query)
+        layout.to_itself = _masks.is_to_itself(causal, length, kv_length, getattr(module, "config", None))
     else:
         layout = _layout_of(attention_mask, length, kv_length, pattern)
-    if position_ids is not None and layout.vetted is not position_ids:
+    if position_ids is not None and layout.to_itself and layout.vetted is not position_ids:
         _positions.compare(layout, position_ids, batch_size, length, kv_length)
         layout.vetted = position_ids
     return layout

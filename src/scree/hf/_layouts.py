@@ -67,11 +67,21 @@ class Layout:
         Gives `q` and `k`; called where they are asked for, once: to find them in a mask is to wait for the device.
     given : bool
         Whether a padding mask was given: then its rows are the sequences, whatever the positions say.
+    to_itself : bool
+        Whether the keys are of the same tokens as the queries, and of those before them.
     """
 
-    def __init__(self, pattern: Pattern, find: Callable[[], tuple[Rows, Rows]], given: bool = False) -> None:
+    def __init__(
+        self,
+        pattern: Pattern,
+        find: Callable[[], tuple[Rows, Rows]],
+        *,
+        given: bool = False,
+        to_itself: bool = False,
+    ) -> None:
         self.pattern = pattern
         self.given = given
+        self.to_itself = to_itself
         self.vetted: Tensor | None = None
         """The `position_ids` that were compared with this already."""
         self._find = find

@@ -56,7 +56,7 @@ def mask(
     columns = torch.arange(kv_length, device=device)
     pattern = _pattern_of(mask_function, kv_length + kv_offset, options, batch_size, columns)
     keys = _keys(attention_mask, batch_size, kv_length, kv_offset, columns)
-    if pattern.causal or (q_length == kv_length and not _has_cross_attention(options.get("config"))):
+    if is_to_itself(pattern.causal, q_length, kv_length, options.get("config")):
         first = 0 if q_length == kv_length else q_offset - kv_offset
         stands = columns < first + q_length
         keys, queries = keys & stands, stands & (columns >= first)
@@ -64,6 +64,7 @@ def mask(
         first, queries = None, torch.zeros_like(columns, dtype=torch.bool)
     if attention_mask is None and (first is None or (isinstance(first, int) and first + q_length == kv_length)):
         layout = full(batch_size, q_length, kv_length, pattern, columns)
+        layout.to_itself = first is not None
     else:
         layout = of_keys(keys, q_length, pattern, first)
         layout.given = attention_mask is not None
@@ -86,10 +87,10 @@ def _pattern_of(
     return _pattern.guess(mask_function, options, segments)
 
 
-def _has_cross_attention(config: Any) -> bool:
-    """Whether some mask of this model may be of other tokens than the queries."""
+def is_to_itself(causal: bool, q_length: int, kv_length: int, config: Any) -> bool:
+    """Whether the keys are certainly of the queries' own tokens, and not of an encoder's."""
     names = ("is_encoder_decoder", "add_cross_attention", "is_decoder", "cross_attention_frequency")
-    return any(getattr(config, name, None) for name in names)
+    return causal or (q_length == kv_length and not any(getattr(config, name, None) for name in names))
 
 
 def _keys(given: Tensor | None, batch_size: int, kv_length: int, kv_offset: int, columns: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ def of_keys(keys: Tensor, q_length: int, pattern: Pattern, first: int | Tensor |
         places = torch.arange(q_length, device=keys.device) + first
         return _layouts.of_mask(keys.index_select(1, places)), k
 
-    return Layout(pattern, find, given=True)
+    return Layout(pattern, find, given=True, to_itself=first is not None)
 
 
 def of_copy(mask: Tensor, q_length: int, pattern: Pattern) -> Layout | None:
