@@ -5,7 +5,6 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
-
 import zoo
 
 pytestmark = pytest.mark.hf

@@ -5,9 +5,9 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+import zoo
 
 import scree.hf
-import zoo
 from expect import raises
 
 pytestmark = pytest.mark.hf
@@ -161,11 +161,22 @@ def test_a_mask_beside_a_packed_batch():
         logits("llama", **batch, attention_mask=ones)
 
 
-def test_a_mask_of_one_s_own():
-    batch = zoo.padded("llama")
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_causal_mask_of_one_s_own(side):
+    batch = zoo.padded("llama", side)
+    ids, positions = batch.inputs["input_ids"], batch.inputs["position_ids"]
     square = torch.ones(4, 1, 13, 13, dtype=torch.bool).tril() & batch.tokens[:, None, None]
-    with raises(NotImplementedError, "a 4-D attention mask that tells different queries different things", '"sdpa"'):
-        logits("llama", input_ids=batch.inputs["input_ids"], attention_mask=square)
+    expected = logits("llama", "eager", **batch.inputs)[batch.tokens]
+    for mask in (square, torch.zeros(4, 1, 13, 13).masked_fill(~square, -torch.inf)):
+        zoo.assert_rounding(
+            logits("llama", input_ids=ids, position_ids=positions, attention_mask=mask)[batch.tokens], expected
+        )
+    prefix = square.clone()
+    prefix[2, 0, :4, :4] = True
+    with raises(
+        NotImplementedError, "a 4-D attention mask that is neither padding nor causal cannot be served", '"sdpa"'
+    ):
+        logits("llama", input_ids=ids, position_ids=positions, attention_mask=prefix)
 
 
 @five
@@ -194,7 +205,9 @@ def test_a_copy_of_the_mask_says_the_same(name):
     model = zoo.make(name)
     model.set_attn_implementation("scree")
     expected = logits(name, **batch.inputs)[batch.tokens]
-    layers = [module for module in model.modules() if hasattr(module, "config") and "Attention" in type(module).__name__]
+    layers = [
+        module for module in model.modules() if hasattr(module, "config") and "Attention" in type(module).__name__
+    ]
 
     def copy(module, args, kwargs):
         args = tuple(x.clone() if isinstance(x, scree.hf._mask_tensor.Mask) else x for x in args)

@@ -148,23 +148,43 @@ def of_copy(mask: Tensor, q_length: int, pattern: Pattern) -> Layout | None:
 
 
 def of_foreign(mask: Tensor, q_length: int, kv_length: int, pattern: Pattern) -> Layout:
-    """The layout of a mask that a model made by itself: of padding alone.
+    """The layout of a mask that a model or its caller made, if it is of padding, alone or with the pattern of the layer.
 
     Parameters
     ----------
-    mask : tensor of (B, K), true at tokens; or of (B, 1, 1 or S, K), bool and true at tokens, or added to the scores
+    mask : tensor of (B, K), true at tokens; or of (B, 1, 1 or S, K), bool and true at what is seen, or added to the scores
     """
     if mask.ndim == 2 and mask.shape[1] == kv_length:
         first = kv_length - q_length if pattern.causal else None
         return of_keys(mask.to(torch.bool), q_length, pattern, first)
-    if mask.ndim != 4 or mask.shape[3] != kv_length:
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] != kv_length:
         raise refusal(f"an attention mask of shape {tuple(mask.shape)} for {q_length} queries and {kv_length} keys")
     if torch.compiler.is_compiling():
         raise refusal("a 4-D mask that the model made itself, under torch.compile,")
-    if mask.shape[1] != 1 or not bool((mask == mask[:, :, :1]).all()):
-        raise refusal("a 4-D attention mask that tells different queries different things")
-    told = mask[:, 0, 0]
-    keys = told if told.dtype == torch.bool else told == 0
-    if not bool((keys | (told <= -1e4)).all()) if told.dtype != torch.bool else False:
+    seen = _seen(mask[:, 0])
+    keys = seen[:, -1]  # to the last query all that there is of a causal pattern is seen
+    if bool((seen == keys[:, None]).all()):
+        return of_keys(keys, q_length, Pattern(causal=False), None)
+    if not pattern.causal or not _is_causal(seen, keys):
+        raise refusal("a 4-D attention mask that is neither padding nor causal")
+    return of_keys(keys, q_length, Pattern(causal=True), kv_length - q_length)
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """Which keys a mask lets through, bool."""
+    if mask.dtype == torch.bool:
+        return mask
+    seen = mask == 0
+    if not bool((seen | (mask <= -1e4)).all()):
         raise refusal("a 4-D attention mask that adds a bias to the scores")
-    return of_keys(keys, q_length, Pattern(causal=False), None)
+    return seen
+
+
+def _is_causal(seen: Tensor, keys: Tensor) -> bool:
+    """Whether (B, S, K) lets every query that is a token see the keys (B, K) up to itself."""
+    length, kv_length = seen.shape[1:]
+    if kv_length < length:
+        return False
+    upto = torch.ones(length, kv_length, dtype=torch.bool, device=seen.device).tril(kv_length - length)
+    queries = keys[:, kv_length - length :, None]
+    return bool(((seen == (keys[:, None] & upto)) | ~queries).all())
