@@ -5,10 +5,9 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+import zoo
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounter
-
-import zoo
 
 pytestmark = [
     pytest.mark.hf,
@@ -93,5 +92,5 @@ def test_what_a_compiler_hides_is_refused():
     options = zoo._GROUPED | {"attention_chunk_size": 4, "intermediate_size_mlp": 48, "num_local_experts": 2}
     config = transformers.Llama4TextConfig(**options, head_dim=8)
     model = transformers.Llama4ForCausalLM._from_config(config, attn_implementation="scree").eval()
-    with pytest.raises(Unsupported, match="attention in chunks under torch.compile cannot be served"):
+    with pytest.raises(Unsupported, match=r"attention in chunks under torch\.compile cannot be served"):
         torch.compile(model, fullgraph=True, backend="eager")(torch.arange(3, 9)[None])

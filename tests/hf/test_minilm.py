@@ -22,7 +22,7 @@ def test_the_embeddings_are_the_same():
     from sentence_transformers import SentenceTransformer
 
     scree.hf.register()
-    texts = [inspect.getdoc(thing) or "" for _, thing in inspect.getmembers(pydoc)][:40] + ["", "a", "path " * 400]
+    texts = [*[inspect.getdoc(thing) or "" for _, thing in inspect.getmembers(pydoc)][:40], "", "a", "path " * 400]
     embeddings = {}
     for implementation in ("eager", "scree"):
         model = SentenceTransformer(
