@@ -171,3 +171,20 @@ def test_a_packed_batch_in_a_model_with_cross_attention():
     packed = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 3, "max_length_k": 3}
     with raises(NotImplementedError, "a packed batch in a model with cross-attention (SimpleNamespace)", "pad it"):
         _attention.attention(module, q, q, q, None, **packed)
+
+
+def test_a_packed_batch_in_a_model_with_layers_that_are_no_attention():
+    import transformers
+
+    options = zoo._GROUPED | {"layer_types": ["conv", "full_attention"]}
+    model = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**options)).eval()
+    model.set_attn_implementation("scree")
+    scree.hf.register()
+    for batch in (zoo.packed("llama"), {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}):
+        _attention._warned.clear()
+        with pytest.warns(
+            UserWarning, match="layers of the kind 'conv', which keep packed sequences apart with kernels of"
+        ):
+            model(**batch)
+    _attention._warned.clear()
+    model(**zoo.padded("llama").inputs)

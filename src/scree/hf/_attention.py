@@ -132,6 +132,19 @@ def _look_at(module: torch.nn.Module, others: dict[str, Any]) -> None:
         )
 
 
+def _look_at_layers(module: torch.nn.Module) -> None:
+    """Warn where a packed batch passes layers that are no attention, and may carry a sequence into the next."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    others = {kind for kind in kinds if "attention" not in kind or "linear" in kind}
+    if others:
+        _warn(
+            f"layers of {type(config).__name__}",
+            f"this model has layers of the kind {', '.join(sorted(map(repr, others)))}, which keep packed sequences apart "
+            "with kernels of their own or not at all; compare each sequence with itself alone, or pad",
+        )
+
+
 def _warn(about: str, message: str) -> None:
     """Warn, once about each thing."""
     if about not in _warned and not torch.compiler.is_compiling():
@@ -181,6 +194,7 @@ def _packed(
         layout = _layout_of(attention_mask, length, length, pattern)
         _expect_no_padding(layout)
         pattern = layout.pattern
+    _look_at_layers(module)
     return pattern, _packed_rows(offsets_q, offsets_k, length, position_ids)
 
 
@@ -248,7 +262,8 @@ def _padded(
     else:
         layout = _layout_of(attention_mask, length, kv_length, pattern)
     if position_ids is not None and layout.to_itself and layout.vetted is not position_ids:
-        _positions.compare(layout, position_ids, batch_size, length, kv_length)
+        if _positions.compare(layout, position_ids, batch_size, length, kv_length):
+            _look_at_layers(module)
         layout.vetted = position_ids
     return layout
 

@@ -54,33 +54,38 @@ def expect_packed(position_ids: Tensor, places: Array) -> None:
         )
 
 
-def compare(layout: Layout, position_ids: Tensor, batch_size: int, length: int, kv_length: int) -> None:
+def compare(layout: Layout, position_ids: Tensor, batch_size: int, length: int, kv_length: int) -> bool:
     """Find the sequences that positions tell of in a batch that has no offsets, where that is beyond doubt.
 
     Beside a padding mask, whose rows are the sequences, positions that fall within a row are an error. Without one, rows
     whose positions begin anew are cut there, and positions that jump anywhere else are an error: transformers' own
     implementations disagree on them.
 
+    Returns
+    -------
+    bool
+        Whether the rows were found to be packed.
+
     Notes
     -----
     Waits for the device, once a forward pass; with `cu_seq_lens_q` nothing does.
     """
     if length == 1 or position_ids.ndim != 2 or position_ids.shape[1] != length:
-        return
+        return False
     if position_ids.shape[0] not in (1, batch_size):
-        return
+        return False
     positions = position_ids.expand(batch_size, length)
     jumps = positions[:, 1:] != positions[:, :-1] + 1
     segments = torch.nn.functional.pad(jumps.cumsum(1), (1, 0))
     if torch.compiler.is_compiling():
         if not layout.given and length == kv_length:
             layout.cut(segments)
-        return
+        return False
     if layout.given:
         _expect_rising(layout, positions)
-        return
+        return False
     if not bool(jumps.any()):
-        return
+        return False
     first = positions[:, :1]
     if kv_length != length or bool((jumps & (positions[:, 1:] != first)).any()) or bool((positions < first).any()):
         raise ValueError(
@@ -89,6 +94,7 @@ def compare(layout: Layout, position_ids: Tensor, batch_size: int, length: int, 
             "or an attention_mask if every row is one sequence"
         )
     layout.cut(segments)
+    return True
 
 
 def _expect_rising(layout: Layout, positions: Tensor) -> None:
