@@ -93,6 +93,17 @@ def test_positions_that_begin_anew_after_a_cache():
         logits("llama", input_ids=ids[:, 2:], position_ids=torch.tensor([[2, 3, 0, 1]]), **zoo.cached(past, 2, 6))
 
 
+@five
+def test_a_mask_that_forgets_the_cache():
+    import transformers
+
+    ids = torch.arange(3, 9)[None]
+    past = transformers.DynamicCache(config=zoo.make("llama").config)
+    logits("llama", input_ids=ids[:, :4], **zoo.cached(past, 0, 4))
+    with raises(ValueError, "attention_mask has 2 columns; needs 6: 4 of the tokens in the cache, and 2 of the new ones"):
+        logits("llama", input_ids=ids[:, 4:], attention_mask=torch.ones(1, 2), **zoo.cached(past, 4, 6))
+
+
 def test_positions_that_contradict_the_offsets():
     batch = zoo.packed("llama")
     total = batch["input_ids"].shape[1]

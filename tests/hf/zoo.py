@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -89,10 +90,13 @@ def make(name):
 
 def cached(cache, begin, end):
     """Return the keywords that give a model tokens `begin` to `end` and a cache of those before."""
-    if FIVE:
-        return {"cache": cache}
-    # Transformers 4 counts what is in a static cache by its keys that are not 0, and a token of padding has such.
-    return {"past_key_values": cache, "cache_position": torch.arange(begin, end)}
+    import transformers
+
+    known = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+    given = {"cache" if "cache" in known else "past_key_values": cache}
+    if not FIVE:  # which counts what is in a static cache by its keys that are not 0, and a token of padding has such
+        given["cache_position"] = torch.arange(begin, end)
+    return given
 
 
 class Batch(NamedTuple):

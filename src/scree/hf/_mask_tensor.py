@@ -15,9 +15,10 @@ KEYS, QUERIES = 0, 1
 
 _HANDED_ON = {
     "__deepcopy__", "__get__", "__getitem__", "__hash__", "__len__", "__reduce_ex__", "__repr__", "__set__",
-    "as_subclass", "chunk", "clone", "contiguous", "cpu", "cuda", "data_ptr", "detach", "dim", "expand", "index_select",
-    "is_contiguous", "is_inference", "numel", "pin_memory", "repeat", "repeat_interleave", "size", "split", "stride", "to",
-    "type", "untyped_storage",
+    "as_subclass", "chunk", "clone", "contiguous", "cpu", "cuda", "data_ptr", "detach", "dim", "element_size", "expand",
+    "index_select", "is_complex", "is_contiguous", "is_floating_point", "is_inference", "is_pinned", "nelement", "numel",
+    "pin_memory", "record_stream", "repeat", "repeat_interleave", "size", "split", "stride", "to", "type",
+    "untyped_storage",
 }  # fmt: skip
 
 

@@ -55,6 +55,11 @@ def mask(
     options |= {"q_length": q_length, "kv_length": kv_length, "attention_mask": attention_mask}
     columns = torch.arange(kv_length, device=device)
     pattern = _pattern_of(mask_function, kv_length + kv_offset, options, batch_size, columns)
+    if attention_mask is not None and isinstance(q_offset, int) and attention_mask.shape[1] < q_offset + q_length:
+        raise ValueError(
+            f"scree attention: attention_mask has {attention_mask.shape[1]} columns; needs {q_offset + q_length}: "
+            f"{q_offset} of the tokens in the cache, and {q_length} of the new ones"
+        )
     keys = _keys(attention_mask, batch_size, kv_length, kv_offset, columns)
     if is_to_itself(pattern.causal, q_length, kv_length, options.get("config")):
         first = 0 if q_length == kv_length else q_offset - kv_offset
