@@ -7,8 +7,8 @@ pytest.importorskip("transformers")
 import torch
 import zoo
 
-import scree.hf
 from expect import raises
+from scree.hf import _attention, _layouts, _mask_tensor, _positions
 
 pytestmark = pytest.mark.hf
 five = pytest.mark.skipif(not zoo.FIVE, reason="encoders of transformers 4 do not use the attention interface")
@@ -100,7 +100,9 @@ def test_a_mask_that_forgets_the_cache():
     ids = torch.arange(3, 9)[None]
     past = transformers.DynamicCache(config=zoo.make("llama").config)
     logits("llama", input_ids=ids[:, :4], **zoo.cached(past, 0, 4))
-    with raises(ValueError, "attention_mask has 2 columns; needs 6: 4 of the tokens in the cache, and 2 of the new ones"):
+    with raises(
+        ValueError, "attention_mask has 2 columns; needs 6: 4 of the tokens in the cache, and 2 of the new ones"
+    ):
         logits("llama", input_ids=ids[:, 4:], attention_mask=torch.ones(1, 2), **zoo.cached(past, 4, 6))
 
 
@@ -116,8 +118,6 @@ def test_positions_that_contradict_the_offsets():
     with raises(ValueError, "they run on through all 4 sequences; they have to begin anew in each"):
         logits("llama", **batch | {"position_ids": torch.arange(total)[None]})
     with raises(ValueError, "position_ids has shape (1, 3) for 25 packed tokens"):
-        from scree.hf import _layouts, _positions
-
         _positions.expect_packed(torch.zeros(1, 3), _layouts.of_offsets("x", batch["cu_seq_lens_q"], total).places)
 
 
@@ -163,7 +163,7 @@ def test_spare_tokens_belong_to_no_sequence(spare):
 def test_a_mask_beside_a_packed_batch():
     batch = zoo.packed("llama")
     ones = torch.ones_like(batch["input_ids"])
-    scree.hf._attention._warned.discard("mask")
+    _attention._warned.discard("mask")
     with pytest.warns(UserWarning, match="attention_mask beside cu_seq_lens_q is all ones, and not needed"):
         out = logits("llama", **batch, attention_mask=ones)
     zoo.assert_rounding(out, logits("llama", **batch))
@@ -221,8 +221,8 @@ def test_a_copy_of_the_mask_says_the_same(name):
     ]
 
     def copy(module, args, kwargs):
-        args = tuple(x.clone() if isinstance(x, scree.hf._mask_tensor.Mask) else x for x in args)
-        return args, {k: x.clone() if isinstance(x, scree.hf._mask_tensor.Mask) else x for k, x in kwargs.items()}
+        args = tuple(x.clone() if isinstance(x, _mask_tensor.Mask) else x for x in args)
+        return args, {k: x.clone() if isinstance(x, _mask_tensor.Mask) else x for k, x in kwargs.items()}
 
     hooks = [layer.register_forward_pre_hook(copy, with_kwargs=True) for layer in layers]
     out = logits(name, **batch.inputs)[batch.tokens]
@@ -230,3 +230,40 @@ def test_a_copy_of_the_mask_says_the_same(name):
         hook.remove()
     assert hooks
     zoo.assert_rounding(out, expected)
+
+
+@pytest.mark.parametrize(("name", "kinds_of_layer"), [("llama", 1), ("gemma3", 2)])
+def test_where_the_tokens_are_is_found_once_a_forward_pass(name, kinds_of_layer, monkeypatch):
+    found = []
+
+    def spied(make):
+        def spy(*given):
+            found.append(make.__name__)
+            return make(*given)
+
+        return spy
+
+    for maker in (_layouts.of_mask, _layouts.of_offsets, _layouts.of_segments, _layouts.uniform):
+        monkeypatch.setattr(_layouts, maker.__name__, spied(maker))
+    logits(name, **zoo.padded(name).inputs)
+    assert found == ["of_mask"] * kinds_of_layer
+    found.clear()
+    logits(name, **zoo.packed(name), use_cache=False)
+    assert found == ["of_offsets"]
+
+
+def test_a_packed_batch_is_viewed_and_not_copied(monkeypatch):
+    joint = torch.randn(1, 25, 4, 3 * 8)
+    q, k, v = (part.transpose(1, 2) for part in joint.split(8, -1))
+    seen = []
+
+    def spy(*arrays, **options):
+        seen.extend(arr.values for arr in arrays[:3])
+        return arrays[0]
+
+    monkeypatch.setattr(_attention.kernels, "varlen_attention", spy)
+    module = torch.nn.Module()
+    packed = {key: value for key, value in zoo.packed("llama").items() if key != "input_ids"}
+    _attention.attention(module, q, k, v, None, **packed)
+    assert [x.data_ptr() for x in seen] == [x.data_ptr() for x in (q, k, v)]
+    assert {tuple(x.shape) for x in seen} == {(25, 4, 8)}

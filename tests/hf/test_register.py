@@ -13,7 +13,7 @@ import zoo
 
 import scree.hf
 from expect import raises
-from scree.hf import _attention, _register
+from scree.hf import _attention, _masks, _register
 
 pytestmark = pytest.mark.hf
 
@@ -34,7 +34,7 @@ def test_registering_again_changes_nothing_and_another_name_works():
     assert AttentionInterface._global_mapping == before
     scree.hf.register("packed")
     assert AttentionInterface._global_mapping.pop("packed") is _attention.attention
-    assert AttentionMaskInterface._global_mapping.pop("packed") is scree.hf._masks.mask
+    assert AttentionMaskInterface._global_mapping.pop("packed") is _masks.mask
 
 
 def test_names():

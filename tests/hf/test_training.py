@@ -9,8 +9,8 @@ import copy
 import torch
 import zoo
 
-import scree.hf
 from expect import raises
+from scree.hf import _attention
 
 pytestmark = pytest.mark.hf
 
@@ -122,7 +122,7 @@ def test_dropout_is_refused():
 def test_a_cache_of_a_packed_batch_in_training():
     model = zoo.make("llama")
     model.set_attn_implementation("scree")
-    scree.hf._attention._warned.discard("use_cache")
+    _attention._warned.discard("use_cache")
     model.train()
     with pytest.warns(UserWarning, match="fills a cache that nothing can read; pass use_cache=False"):
         model(**zoo.packed("llama"), use_cache=True)
