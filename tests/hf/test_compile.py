@@ -14,7 +14,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # PyTorch's and transformers' own
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-five = pytest.mark.skipif(not zoo.FIVE, reason="transformers 4 is not compiled with one graph")
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +27,6 @@ def compiled(model, backend="aot_eager"):
 
 
 @pytest.mark.parametrize(("name", "form"), [("gemma2", "packed"), ("mistral", "padded"), ("llama", "positions")])
-@five
 def test_forward_and_backward(name, form):
     batch, packed = zoo.padded(name), zoo.packed(name)
     inputs, tokens = {
@@ -49,7 +47,6 @@ def test_forward_and_backward(name, form):
         zoo.assert_rounding(parameter.grad, gradients[key], whole)
 
 
-@five
 def test_other_lengths_compile_once_more_at_most():
     counter = CompileCounter()
     model = zoo.make("llama")
@@ -62,7 +59,6 @@ def test_other_lengths_compile_once_more_at_most():
     assert counter.frame_count <= 2
 
 
-@five
 def test_generation_with_a_compiled_step():
     from transformers import CompileConfig
 
@@ -85,7 +81,6 @@ def test_generation_with_a_compiled_step():
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
-@five
 def test_what_a_compiler_hides_is_refused():
     import transformers
 
