@@ -38,6 +38,7 @@ ENGINES = ("daft", "dask", "datasets", "numba", "polars", "ray")
 MARKS = {
     "tensorflow": pytest.mark.tensorflow,
     "cupy": pytest.mark.gpu,
+    "transformers": pytest.mark.hf,
     **dict.fromkeys(ENGINES, pytest.mark.engines),
 }
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

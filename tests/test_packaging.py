@@ -20,7 +20,7 @@ LONGEST_FILE = 400  # lines
 
 PUBLIC = {
     "scree": (
-        "Array", "__version__", "bridges", "concat", "data", "from_cu_seqlens", "from_lengths", "from_padded", "kernels",
+        "Array", "__version__", "bridges", "concat", "data", "from_cu_seqlens", "from_lengths", "from_padded", "hf", "kernels",
         "pack", "plot", "position_ids", "segment_ids", "to_padded", "unpack", "with_capacity",
     ),
     "scree.kernels": (
@@ -36,6 +36,7 @@ PUBLIC = {
         "pack_table", "plan_bins", "ray", "save", "to_datasets", "to_polars", "token_batches", "unpack_table",
     ),
     "scree.data.ray": ("Packed", "pack"),
+    "scree.hf": ("register",),
 }  # fmt: skip
 
 

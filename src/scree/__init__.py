@@ -20,7 +20,7 @@ from ._plot import plot
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import data
+    from . import data, hf
 
 __all__ = [
     "Array",
@@ -31,6 +31,7 @@ __all__ = [
     "from_cu_seqlens",
     "from_lengths",
     "from_padded",
+    "hf",
     "kernels",
     "pack",
     "plot",
@@ -43,11 +44,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import `scree.data` when it is first asked for: programs that only compute do not wait for it."""
-    if name == "data":
-        return importlib.import_module(".data", __name__)
+    """Import `scree.data` and `scree.hf` when they are first asked for: programs that only compute do not wait for them."""
+    if name in ("data", "hf"):
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "data"})
+    return sorted({*globals(), "data", "hf"})
