@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .._backends import Dense, find_backend
+from .._backends import Dense
 from ._probe import NOBODY, Probe, distance
 
 _STATE = re.compile(r"mamba|ssm|conv|delta|recurrent|rwkv|retention|lru|linearattn|linearattention", re.IGNORECASE)
@@ -86,8 +86,15 @@ def _tensors(value: Any) -> Iterator[Dense]:
     if isinstance(value, (tuple, list)):
         for part in value:
             yield from _tensors(part)
-    elif find_backend(value) is not None and value.is_floating_point():
+    elif _is_plain(value) and value.is_floating_point():
         yield value
+
+
+def _is_plain(value: Dense) -> bool:
+    """Whether a tensor is of no class of its own, as the masks of some implementations are, which let nobody look."""
+    import torch
+
+    return type(value) in (torch.Tensor, torch.nn.Parameter)
 
 
 def _same(left: list[Dense], right: list[Dense]) -> bool:
@@ -107,7 +114,10 @@ def likely_cause(probe: Probe, source: int, victim: int, found: tuple[str, Any] 
             "(scree.hf.model_kwargs(arr, seq_idx=True)), and a model that reads them"
         )
     if _EXPERTS.search(kind):
-        return "experts with a capacity take tokens of other sequences into account; lift the capacity"
+        return (
+            "which tokens an expert gets depends on all sequences: an expert with a capacity drops others then, and one "
+            "without rounds its sums in another order, which is of the size of float rounding and what atol is for"
+        )
     if found is None or _ATTENTION.search(kind):
         return _cause_in_attention(probe, source, victim, getattr(found and found[1], "is_causal", None))
     return "this module mixes tokens of different sequences (normalises, quantises or sorts over all of them, say)"
@@ -135,7 +145,7 @@ def _cause_in_attention(probe: Probe, source: int, victim: int, causal: bool | N
         elif given.get("use_cache", getattr(config, "use_cache", False)):
             why = "with a cache, transformers does not look for packed sequences; use_cache=False makes causal models do so"
         else:
-            why = "no mask for packed sequences was made"
+            why = "this model does not hand position_ids on to transformers' masks"
         return f"attn_implementation={chosen!r} reads no cu_seq_lens, and {why}; {advice}"
     if given.get("cu_seq_lens_q") is None:
         return f"attn_implementation={chosen!r} got no cu_seq_lens and had to infer the sequences; give scree.hf.model_kwargs(arr)"
