@@ -36,7 +36,7 @@ PUBLIC = {
         "pack_table", "plan_bins", "ray", "save", "to_datasets", "to_polars", "token_batches", "unpack_table",
     ),
     "scree.data.ray": ("Packed", "pack"),
-    "scree.hf": ("register",),
+    "scree.hf": ("assert_isolated", "collator", "model_kwargs", "pool", "register", "unflatten"),
 }  # fmt: skip
 
 

@@ -96,6 +96,7 @@ def collator(
 
     Examples
     --------
+    >>> import scree
     >>> collate = scree.hf.collator(return_tensors="np")
     >>> batch = collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
     >>> batch["input_ids"], batch["labels"]
@@ -165,6 +166,7 @@ class Collator:
             if name in columns and name not in self.fields:
                 take_out(columns, lengths)
         joined = {name: _beside(name, column, lengths) for name, column in columns.items()}
+        longest = self._longest(lengths)
         if not self.keep_empty:
             lengths = lengths[lengths > 0]
             if not lengths.size:
@@ -192,7 +194,7 @@ class Collator:
         if self.return_flash_attn_kwargs:
             offsets = _extended(offsets.astype(np.int32, copy=False), rows + 1, int(offsets[-1]))
             batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = tensors(offsets)
-            batch["max_length_q"] = batch["max_length_k"] = self._longest(lengths)
+            batch["max_length_q"] = batch["max_length_k"] = longest
         return batch
 
     def _capacity(self, lengths: HostInts) -> tuple[int, int]:
@@ -215,7 +217,7 @@ class Collator:
             return longest if self.total_length is None else self.total_length
         if longest > self.max_length:
             i = int(lengths.argmax())
-            raise ValueError(f"{_OP}: sequence {i} has {longest} tokens; max_length is {self.max_length}")
+            raise ValueError(f"{_OP}: features[{i}] has {longest} tokens; max_length is {self.max_length}")
         return self.max_length
 
 
@@ -281,6 +283,8 @@ def _features(features: Any) -> list[Mapping[str, Any]]:
 def _joined(name: str, column: Column) -> tuple[HostInts, HostInts]:
     """All values of a column, int64 and fresh memory, and the lengths of its rows."""
     if isinstance(column, Array):
+        if column.values.ndim != 1:
+            raise ValueError(f"{_OP}: {name!r} has values of shape {tuple(column.values.shape)}; needs one axis")
         host = column._host_offsets(_OP)
         values = _row(name, None, column.values)[: int(host[-1])]
         return values.astype(np.int64), np.diff(host).astype(np.int64)
@@ -298,8 +302,8 @@ def _joined(name: str, column: Column) -> tuple[HostInts, HostInts]:
         if row.ndim != 1:
             hint = "; take row 0" if row.ndim == 2 and row.shape[0] == 1 else ""
             raise ValueError(f"{_OP}: {_place(name, i)} has shape {row.shape}; needs one axis{hint}")
-        if row.dtype.kind not in "iu":
-            raise TypeError(f"{_OP}: {_place(name, i)} is {row.dtype.name}; needs integers")
+        if row.dtype.kind not in "iu" or row.dtype == np.uint64:
+            raise TypeError(f"{_OP}: {_place(name, i)} is {row.dtype.name}; needs integers that fit into int64")
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     return np.concatenate(rows, dtype=np.int64, casting="same_kind"), lengths
 
@@ -308,8 +312,8 @@ def _row(name: str, i: int | None, row: Any) -> HostArray:
     """One row on the host."""
     xp = find_backend(row)
     if xp is not None:
-        if not _check.is_integer(xp.dtype_name(row)):
-            raise TypeError(f"{_OP}: {_place(name, i)} is {xp.dtype_name(row)}; needs integers")
+        if not _check.is_integer(xp.dtype_name(row)) or xp.dtype_name(row) == "uint64":
+            raise TypeError(f"{_OP}: {_place(name, i)} is {xp.dtype_name(row)}; needs integers that fit into int64")
         return xp.to_host(row)
     if not isinstance(row, (list, tuple)):
         got = "None" if row is None else type(row).__name__

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._leaks import first_module, likely_cause
-from ._probe import NOBODY, OP, Probe
+from ._probe import LEAST, NOBODY, OP, Probe
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class _Test:
             effects = probe.differences(self.before, probe.run(inputs), tokens_only=True)
         finally:
             probe.owners = owners
-        if not max(effects) > self.atol:
+        if not max(effects) > max(self.atol, LEAST):
             raise ValueError(
                 f"{OP}: no token changes another one of its own sequence (by {max(effects):.3g} at most), so that a leak would "
                 "not be seen either; the model mixes no tokens, or its attention has no effect yet"
@@ -200,7 +200,7 @@ class _Test:
 
     def _own(self, sources: list[int], changes: list[float]) -> list[float]:
         for i in sources:
-            if not changes[i] > self.atol:
+            if not changes[i] > max(self.atol, LEAST):
                 raise ValueError(
                     f"{OP}: sequence {i} was changed, and its own outputs changed by {changes[i]:.3g} only, within atol="
                     f"{self.atol:.3g}; the test has no power: the model ignores its input, or atol is too large"
@@ -238,7 +238,7 @@ class _Test:
     def _narrowed(
         self, sources: list[int], leaking: list[tuple[int, float]]
     ) -> tuple[list[int], list[tuple[int, float]]]:
-        """Find one source of the leak by halves; the smallest group that still leaks, where no half of it does alone."""
+        """Find one source of the leak by halves; a group of which none can be left out, where no half of it leaks alone."""
         while len(sources) > 1:
             middle = len(sources) // 2
             for half in (sources[:middle], sources[middle:]):
@@ -247,7 +247,18 @@ class _Test:
                     sources, leaking = half, found
                     break
             else:
-                break
+                return self._thinned(sources, leaking)
+        return sources, leaking
+
+    def _thinned(
+        self, sources: list[int], leaking: list[tuple[int, float]]
+    ) -> tuple[list[int], list[tuple[int, float]]]:
+        """Leave out of a group, one by one, the sources without which it still leaks."""
+        for i in tuple(sources):
+            others = [j for j in sources if j != i]
+            found = self._leaking(others, self._changes(others)) if others else []
+            if found:
+                sources, leaking = others, found
         return sources, leaking
 
 

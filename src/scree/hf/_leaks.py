@@ -13,6 +13,8 @@ _STATE = re.compile(r"mamba|ssm|conv|delta|recurrent|rwkv|retention|lru|linearat
 _EXPERTS = re.compile(r"moe|expert|router|sparse", re.IGNORECASE)
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 
+_ADVICE = "scree.hf.register() and attn_implementation='scree' keep sequences apart by cu_seq_lens"
+
 Call = tuple[str, list[Dense], list[Dense]]  # the module's name, and what of one sequence went in and came out
 
 
@@ -105,6 +107,15 @@ def _same(left: list[Dense], right: list[Dense]) -> bool:
 
 def likely_cause(probe: Probe, source: int, victim: int, found: tuple[str, Any] | None) -> str:
     """Say in a sentence what to look at."""
+    chosen = getattr(getattr(probe.model, "config", None), "_attn_implementation", None)
+    if source == NOBODY and probe.packed:
+        return f"what lies beyond the last of cu_seq_lens_q is attended to; {_ADVICE}"
+    if source == NOBODY:
+        named = "" if chosen is None else f" (attn_implementation={chosen!r})"
+        return (
+            f"the attention_mask does not reach the attention{named}: an implementation needs its mask function registered "
+            "beside it, as scree.hf.register() does"
+        )
     kind = type(found[1]).__name__ if found is not None else ""
     if "BatchNorm" in kind:
         return "batch normalisation in training mode takes its statistics over the whole batch; call model.eval()"
@@ -118,6 +129,8 @@ def likely_cause(probe: Probe, source: int, victim: int, found: tuple[str, Any] 
             "which tokens an expert gets depends on all sequences: an expert with a capacity drops others then, and one "
             "without rounds its sums in another order, which is of the size of float rounding and what atol is for"
         )
+    if found is None and chosen is None:
+        return "no module shows where it happens: it is in the forward of the model itself, or in compiled code"
     if found is None or _ATTENTION.search(kind):
         return _cause_in_attention(probe, source, victim, getattr(found and found[1], "is_causal", None))
     return "this module mixes tokens of different sequences (normalises, quantises or sorts over all of them, say)"
@@ -127,14 +140,8 @@ def _cause_in_attention(probe: Probe, source: int, victim: int, causal: bool | N
     config = getattr(probe.model, "config", None)
     chosen = getattr(config, "_attn_implementation", None)
     if not probe.packed:
-        if source == NOBODY or probe.has_spare:
-            return (
-                f"the attention_mask does not reach the attention (attn_implementation={chosen!r}): an implementation needs "
-                "its mask function registered beside it, as scree.hf.register() does"
-            )
         return f"the attention (attn_implementation={chosen!r}) mixes the rows of the batch"
     given = probe.kwargs
-    advice = "scree.hf.register() and attn_implementation='scree' keep sequences apart by cu_seq_lens"
     if chosen in ("sdpa", "eager", "flex_attention"):
         if given.get("attention_mask") is not None:
             why = "beside an attention_mask, transformers masks padding and nothing else"
@@ -146,7 +153,7 @@ def _cause_in_attention(probe: Probe, source: int, victim: int, causal: bool | N
             why = "with a cache, transformers does not look for packed sequences; use_cache=False makes causal models do so"
         else:
             why = "this model does not hand position_ids on to transformers' masks"
-        return f"attn_implementation={chosen!r} reads no cu_seq_lens, and {why}; {advice}"
+        return f"attn_implementation={chosen!r} reads no cu_seq_lens, and {why}; {_ADVICE}"
     if given.get("cu_seq_lens_q") is None:
         return f"attn_implementation={chosen!r} got no cu_seq_lens and had to infer the sequences; give scree.hf.model_kwargs(arr)"
-    return f"attn_implementation={chosen!r} does not keep to cu_seq_lens; {advice}"
+    return f"attn_implementation={chosen!r} does not keep to cu_seq_lens; {_ADVICE}"

@@ -78,7 +78,7 @@ def model_kwargs(
     if model is not None:
         _expect_room(model)
     name = _kind(arr)
-    arr = to_torch(arr)
+    arr = in_torch(arr)
     import torch
 
     if arr.total_length >= 2**31:
@@ -131,6 +131,11 @@ def _expect_room(model: Any) -> None:
         )
 
 
+def in_torch(arr: Array) -> Array:
+    """The Array of PyTorch; one that is there already, without the import, which no compiler can follow."""
+    return arr if arr._xp.NAME == "torch" else to_torch(arr)
+
+
 def _kind(arr: Array) -> str:
     dtype = arr._xp.dtype_name(arr.values)
     if arr.ragged_dim == 0 and arr.values.ndim == 1 and _check.is_integer(dtype):
@@ -159,7 +164,7 @@ def _labels(labels: Any, arr: Array) -> Dense:
     expect_array(_OP, labels, "labels")
     if labels.ragged_dim or labels.values.ndim != 1 or not _check.is_integer(labels._xp.dtype_name(labels.values)):
         raise TypeError(f"{_OP}: labels have shape {tuple(labels.values.shape)}; needs (T,), integer")
-    labels = to_torch(labels)
+    labels = in_torch(labels)
     mine, theirs = arr._known_offsets(), labels._known_offsets()
     same = labels.total_length == arr.total_length and labels.batch_size == arr.batch_size
     if not same or (mine is not None and theirs is not None and mine.tolist() != theirs.tolist()):

@@ -11,8 +11,7 @@ from typing import Any
 
 from .._array import Array
 from .._backends import Dense, find_backend
-from ..bridges import to_torch
-from ._model_kwargs import model_kwargs, positions_start
+from ._model_kwargs import in_torch, model_kwargs, positions_start
 from ._outputs import per_token
 
 OP = "assert_isolated"
@@ -20,7 +19,9 @@ NOBODY = -1
 # Ids of these kinds stand for something else than a word: changing them changes what the batch is made of.
 _PLACEHOLDERS = ("pad", "image", "video", "audio", "vision")
 _CHUNK = 1 << 22  # values that are compared at a time
-_LEAST = 1e-300  # what two zeros of different sign count as
+LEAST = (
+    1e-300  # what two zeros of different sign count as: bits that differ, and no change that anything could be told by
+)
 
 
 class Probe:
@@ -64,7 +65,7 @@ class Probe:
             raise ValueError(f"{OP}: {type(model).__name__} is an encoder and a decoder; test each of them by itself")
         self.packed = self.inputs.shape[0] == 1
         self.owners = self._packed_owners() if self.packed else self._padded_owners()
-        self.n = int(self.owners.max()) + 1
+        self.n = int(self.owners.max()) + 1 if self.owners.numel() else 0
         spare, *self.counts = _counts(self.owners + 1, self.n + 1)
         self.sequences = [i for i, count in enumerate(self.counts) if count]
         self.has_spare = spare > 0
@@ -242,7 +243,7 @@ def distance(a: Dense, b: Dense) -> Dense:
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     same = a.contiguous().view(bits) == b.contiguous().view(bits)
     apart = (a.double() - b.double()).abs().nan_to_num(nan=float("inf"))
-    return torch.where(same, 0.0, apart.clamp(min=_LEAST))
+    return torch.where(same, 0.0, apart.clamp(min=LEAST))
 
 
 def _counts(owners: Dense, n: int) -> list[int]:
@@ -265,6 +266,6 @@ def _named(outputs: Any) -> Iterator[tuple[str, Dense]]:
 
 
 def _from_array(model: Any, arr: Array) -> dict[str, Any]:
-    arr = to_torch(arr)
+    arr = in_torch(arr)
     parameter = next(model.parameters(), None)
     return model_kwargs(arr if parameter is None else arr.to(parameter.device), model=model)
