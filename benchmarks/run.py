@@ -1,6 +1,6 @@
-"""Benchmarks: ``python benchmarks/run.py core``, ``cpu``, ``jax``, ``cuda`` or ``data`` prints a table, and saves it.
+"""Benchmarks: ``python benchmarks/run.py core``, ``cpu``, ``jax``, ``cuda``, ``data`` or ``huggingface`` prints a table.
 
-It goes to ``benchmarks/results/``, from where ``docs/benchmarks.md`` is made; with ``--document`` the page is made again
+It is saved in ``benchmarks/results/``, from where ``docs/benchmarks.md`` is made; with ``--document`` the page is made again
 without measuring.
 """
 
@@ -50,6 +50,10 @@ def main() -> None:
     elif arguments.part == "data":
         packages = bench_data.PACKAGES
         rows = bench_data.rows(tuple(arguments.sequences or bench_data.SIZES), arguments.seconds)
+    elif arguments.part == "huggingface":
+        import bench_huggingface
+
+        packages, rows = bench_huggingface.PACKAGES, bench_huggingface.rows(arguments.seconds)
     else:
         import bench_core
 
@@ -130,7 +134,14 @@ def _time(ms: float) -> str:
     return f"{ms * 1e3:.1f} us" if ms < 1 else f"{ms:.2f} ms"
 
 
-TABLES = {"core": table, "cpu": table, "jax": table, "cuda": cuda_table.table, "data": bench_data.table}
+TABLES = {
+    "core": table,
+    "cpu": table,
+    "jax": table,
+    "cuda": cuda_table.table,
+    "data": bench_data.table,
+    "huggingface": bench_data.table,
+}
 
 if __name__ == "__main__":
     main()
