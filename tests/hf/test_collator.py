@@ -165,6 +165,36 @@ def test_a_capacity_is_the_layout_of_with_capacity():
     assert batch["cu_seq_lens_q"].tolist() == arr.offsets.tolist()
 
 
+@pytest.mark.hf
+def test_a_capacity_is_compiled_once():
+    import torch
+    import transformers
+
+    scree.hf.register()
+    options = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options, attn_implementation="scree"))
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    fixed, plain = collator(total_length=20, batch_size=4), collator()
+    for features in (FEATURES, ROWS[::-1], [[1] * 9, [], [2, 3]], [[7, 8]]):
+        loss = compiled(**fixed(features), use_cache=False).loss
+        torch.testing.assert_close(loss, model(**plain(features), use_cache=False).loss)
+    assert len(graphs) == 1
+
+
 def test_it_can_be_pickled():
     made = collator(return_tensors="np", fields=["token_type_ids"], total_length=20)
     again = pickle.loads(pickle.dumps(made))

@@ -76,7 +76,8 @@ def test_causal_models_leak_by_default(name, implementation):
     given = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)(
         [{"input_ids": row.tolist()} for row in batch((3, 5, 1, 7))]
     )
-    found = leak(made, given)
+    leak(made.train(), given)
+    found = leak(made.eval(), given)
     assert "model.layers.0.self_attn" in str(found)
     assert "use_cache=False" in found.cause
     assert all(i < j for i, j, _ in found.leaks)

@@ -20,7 +20,7 @@ NOBODY = -1
 _PLACEHOLDERS = ("pad", "image", "video", "audio", "vision")
 _CHUNK = 1 << 22  # values that are compared at a time
 LEAST = (
-    1e-300  # what two zeros of different sign count as: bits that differ, and no change that anything could be told by
+    1e-30  # what two zeros of different sign count as: bits that differ, and no change that anything could be told by
 )
 
 
@@ -209,7 +209,7 @@ class Probe:
         """By how much the outputs of each sequence differ: 0.0 where every bit is the same, and never 0.0 otherwise."""
         import torch
 
-        most = torch.zeros(self.n + 1, dtype=torch.float64, device=self.owners.device)
+        most = torch.zeros(self.n + 1, dtype=wide(self.owners), device=self.owners.device)
         for name, value in before.items():
             by_token = self.by_token(name, value)
             if tokens_only and not by_token:
@@ -220,7 +220,7 @@ class Probe:
             step = max(1, _CHUNK // max(1, left.shape[1]))
             for start in range(0, len(owners), step):
                 part = slice(start, start + step)
-                apart = distance(left[part], right[part]).amax(1).to(most.device)
+                apart = distance(left[part], right[part]).amax(1).to(most)
                 most.scatter_reduce_(0, owners[part], apart, "amax")
         return most[: self.n].tolist()
 
@@ -237,13 +237,20 @@ class Probe:
 
 
 def distance(a: Dense, b: Dense) -> Dense:
-    """|a - b| in float64: 0 where the bits agree, infinite where one is no number, and never 0 where the bits differ."""
+    """|a - b|, in `wide`: 0 where the bits agree, infinite where one is no number, and never 0 where the bits differ."""
     import torch
 
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     same = a.contiguous().view(bits) == b.contiguous().view(bits)
-    apart = (a.double() - b.double()).abs().nan_to_num(nan=float("inf"))
+    apart = (a.to(wide(a)) - b.to(wide(a))).abs().nan_to_num(nan=float("inf"))
     return torch.where(same, 0.0, apart.clamp(min=LEAST))
+
+
+def wide(x: Dense) -> Any:
+    """The widest floating dtype on the device of x."""
+    import torch
+
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _counts(owners: Dense, n: int) -> list[int]:
