@@ -221,7 +221,9 @@ class _Test:
         sources, leaking = self._narrowed(sources, leaking)
         victim, amount = max(leaking, key=lambda pair: pair[1])
         found = first_module(self.probe, sources, victim)
-        cause = likely_cause(self.probe, sources[0], victim, found)
+        back = (i for i, _ in self._leaking([victim], self._changes([victim])))
+        both_ways = sources[0] > victim or any(i < victim for i in back)
+        cause = likely_cause(self.probe, sources[0], both_ways, found)
         who = "padding" if sources == [NOBODY] else f"sequence {sources[0]}"
         if len(sources) > 1:
             who = "the sequences " + ", ".join(map(str, sources)) + " together"

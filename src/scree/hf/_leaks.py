@@ -105,8 +105,8 @@ def _same(left: list[Dense], right: list[Dense]) -> bool:
     )
 
 
-def likely_cause(probe: Probe, source: int, victim: int, found: tuple[str, Any] | None) -> str:
-    """Say in a sentence what to look at."""
+def likely_cause(probe: Probe, source: int, both_ways: bool, found: tuple[str, Any] | None) -> str:
+    """Say in a sentence what to look at. `both_ways`: later sequences leak into earlier ones too."""
     chosen = getattr(getattr(probe.model, "config", None), "_attn_implementation", None)
     if source == NOBODY and probe.packed:
         return f"what lies beyond the last of cu_seq_lens_q is attended to; {_ADVICE}"
@@ -132,11 +132,11 @@ def likely_cause(probe: Probe, source: int, victim: int, found: tuple[str, Any] 
     if found is None and chosen is None:
         return "no module shows where it happens: it is in the forward of the model itself, or in compiled code"
     if found is None or _ATTENTION.search(kind):
-        return _cause_in_attention(probe, source, victim, getattr(found and found[1], "is_causal", None))
+        return _cause_in_attention(probe, both_ways)
     return "this module mixes tokens of different sequences (normalises, quantises or sorts over all of them, say)"
 
 
-def _cause_in_attention(probe: Probe, source: int, victim: int, causal: bool | None) -> str:
+def _cause_in_attention(probe: Probe, both_ways: bool) -> str:
     config = getattr(probe.model, "config", None)
     chosen = getattr(config, "_attn_implementation", None)
     if not probe.packed:
@@ -147,7 +147,7 @@ def _cause_in_attention(probe: Probe, source: int, victim: int, causal: bool | N
             why = "beside an attention_mask, transformers masks padding and nothing else"
         elif given.get("position_ids") is None:
             why = "without position_ids, transformers takes the row for one sequence"
-        elif source > victim or causal is False:
+        elif both_ways:
             why = "transformers' masks for bidirectional models know of no packed sequences"
         elif given.get("use_cache", getattr(config, "use_cache", False)):
             why = "with a cache, transformers does not look for packed sequences; use_cache=False makes causal models do so"
