@@ -17,6 +17,7 @@ pytestmark = pytest.mark.hf
 
 
 PACKS = list(zoo.KINDS)  # before 5, the encoders take no cu_seq_lens
+TINY = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 # What an expert is given changes in number with the other sequences: its products then round in another order.
 ATOL = {"gpt_oss": 1e-5}
 
@@ -134,14 +135,7 @@ def test_a_mask_that_reaches_nobody():
 
 
 def test_training_mode():
-    options = {
-        "vocab_size": 50,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    config = transformers.LlamaConfig(**options, attention_dropout=0.5, attn_implementation="eager")
+    config = transformers.LlamaConfig(**TINY, attention_dropout=0.5, attn_implementation="eager")
     made = transformers.LlamaForCausalLM(config).train()
     with raises(ValueError, "training mode", "config.attention_dropout=0.5", "model.eval()"):
         assert_isolated(made, batch())
@@ -152,14 +146,7 @@ def test_training_mode():
 
 
 def test_a_head_that_classifies_sequences():
-    options = {
-        "vocab_size": 50,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    made = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**options, pad_token_id=0)).eval()
+    made = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**TINY, pad_token_id=0)).eval()
     with raises(ValueError, "no output of LlamaForSequenceClassification", "base_model"):
         assert_isolated(made, batch())
     assert_isolated(made.base_model, batch())
