@@ -291,6 +291,9 @@ def test_bad_arguments():
         assert_isolated(Toy(), {"input_ids": torch.arange(4)})
     with raises(ValueError, "where its sequences end"):
         assert_isolated(Toy(), {"input_ids": torch.arange(4)[None]})
+    with raises(ValueError, "position_ids", "row 1 of 2", "one packed row"):
+        positions = torch.tensor([[0, 1, 2], [0, 1, 0]])
+        assert_isolated(Padded(), {"input_ids": torch.ones(2, 3, dtype=int), "position_ids": positions})
     with raises(ValueError, "atol", "-1"):
         assert_isolated(Toy(), arr, atol=-1)
     with raises(ValueError, "attention_mask", "(2, 1, 3, 3)", "(2, 3)"):

@@ -109,11 +109,19 @@ class Probe:
         batch_size, n = self.inputs.shape[:2]
         rows = torch.arange(batch_size, device=self.inputs.device)[:, None].expand(batch_size, n)
         mask = self.kwargs.get("attention_mask")
-        if mask is None:
-            return rows
-        if tuple(mask.shape) != (batch_size, n):
+        if mask is not None and tuple(mask.shape) != (batch_size, n):
             raise ValueError(f"{OP}: attention_mask has shape {tuple(mask.shape)}; needs {(batch_size, n)}")
-        return torch.where(mask.to(torch.bool), rows, NOBODY)
+        owners = rows if mask is None else torch.where(mask.to(torch.bool), rows, NOBODY)
+        positions = self.kwargs.get("position_ids")
+        if positions is not None and tuple(positions.shape) == (batch_size, n):
+            begins = (positions.diff() < 0) & (owners[:, 1:] != NOBODY) & (owners[:, :-1] != NOBODY)
+            if bool(begins.any()):
+                row = int(begins.any(1).nonzero()[0])
+                raise ValueError(
+                    f"{OP}: position_ids begin anew within row {row} of {batch_size}: rows of several sequences each cannot "
+                    "be told apart; test them as one packed row"
+                )
+        return owners
 
     # Changing them.
 
