@@ -90,7 +90,7 @@ def _torch_step(fn: Callable[..., Any], given: list[Any], grad: Any) -> Callable
 
 
 def _torch_attention(work: Heads) -> tuple[dict[str, Callable[..., Any]], list[Any], Any]:
-    given, offsets = [torch.from_numpy(x) for x in (work.q, work.k, work.v)], torch.from_numpy(work.offsets)
+    given, offsets = [torch.tensor(x) for x in (work.q, work.k, work.v)], torch.tensor(work.offsets)
 
     def ours(*tensors: Any) -> Any:
         return kernels.varlen_attention(*(scree.Array(x, offsets) for x in tensors), causal=True).values
@@ -100,7 +100,7 @@ def _torch_attention(work: Heads) -> tuple[dict[str, Callable[..., Any]], list[A
         "SDPA a sequence": lambda *x: _torch_loop(*x, work.lengths),
         "SDPA padded": lambda *x: _torch_padded(*x, work.lengths),
     }
-    return calls, given, torch.from_numpy(work.grad)
+    return calls, given, torch.tensor(work.grad)
 
 
 def attention_torch(work: Heads) -> Contenders:
