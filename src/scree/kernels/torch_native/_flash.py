@@ -19,7 +19,9 @@ from ._common import empty, wide
 
 _Limits = tuple[int | None, int | None]
 _LINE = 64  # bytes
-_SMALL = 1 << 20  # elements that are copied at once; row by row, the copy of a row is still in the cache when it is read
+_SMALL = (
+    1 << 20
+)  # elements that are copied at once; row by row, the copy of a row is still in the cache when it is read
 _QUERIES = 512  # of a span with a mask, whose memory is this times the keys
 
 _fwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -98,9 +100,7 @@ def forward(
     o[used:], lse[used:] = 0, 0
     width = max(q.shape[2], v_dim)
     group = heads // kv_heads
-    q_rows, k_rows, v_rows = (
-        _Rows(x, lengths, kv_heads, group, width) for x, lengths in ((q, ns), (k, ms), (v, ms))
-    )
+    q_rows, k_rows, v_rows = (_Rows(x, lengths, kv_heads, group, width) for x, lengths in ((q, ns), (k, ms), (v, ms)))
     some = [row for row, n in enumerate(ns) if n]
     if _all_whole(ns, ms, limits):
         causal = limits == (None, 0)
@@ -168,8 +168,7 @@ def backward(
     width = max(dim, v_dim if grad_lse is None else v_dim + 1)
     group = heads // kv_heads
     rows_of = [
-        _Rows(x, lengths, kv_heads, group, width)
-        for x, lengths in ((grad_o, ns), (q, ns), (k, ms), (v, ms), (o, ns))
+        _Rows(x, lengths, kv_heads, group, width) for x, lengths in ((grad_o, ns), (q, ns), (k, ms), (v, ms), (o, ns))
     ]
     lse_rows = _by_heads(lse[:used], kv_heads).split(ns, 2)
     causal = limits == (None, 0)

@@ -207,9 +207,10 @@ def _reduce(x: Tensor, offsets: Tensor, op: str) -> Tensor:
     out = torch.full((len(bounds) - 1, features), _of_nothing(op, x.dtype), dtype=x.dtype)
     dtype = wide(x.dtype) if x.is_floating_point() else x.dtype
     alone = _ALONE.get(op) if x.dtype == dtype else None
-    parts, outs = (_by_rows(x, np.diff(bounds).tolist()), out.unbind()) if alone is not None else ((), ())
-    for row in _long(bounds, features) if alone is not None else ():
-        alone(parts[row], outs[row])
+    parts, outs = _by_rows(x, np.diff(bounds).tolist()), out.unbind()
+    if alone is not None:
+        for row in _long(bounds, features):
+            alone(parts[row], outs[row])
     for rows in alike(bounds, features, only_short=alone is not None):
         if alone is not None and len(rows.numbers) == 1:
             alone(parts[rows.numbers[0]], outs[rows.numbers[0]])
