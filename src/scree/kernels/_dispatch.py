@@ -59,13 +59,27 @@ def _triton(*dtypes: str) -> Impl:
     return Impl("triton", ".triton", backends=("torch",), devices=("cuda",), dtypes=dtypes)
 
 
+def _flash(name: str, requires: str | None = None) -> Impl:
+    dtypes = ("float16", "bfloat16")
+    return Impl(name, f".flash.{name}", ("torch",), ("cuda",), dtypes, requires=requires, on_request=True)
+
+
+_FLASH = (_flash("torch_varlen"), _flash("fa3", "flash_attn_interface"), _flash("fa4", "flash_attn"))
 _HALVES_AND_SINGLE = ("float16", "bfloat16", "float32")
 _FLOATING = (*_HALVES_AND_SINGLE, "float64")
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8")
 
 # op -> implementations, the best one first
 TABLE: dict[str, tuple[Impl, ...]] = {
-    "varlen_attention": (_triton(*_HALVES_AND_SINGLE), _TORCH_NATIVE, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST, _REFERENCE),
+    "varlen_attention": (
+        _triton(*_HALVES_AND_SINGLE),
+        *_FLASH,
+        _TORCH_NATIVE,
+        _NUMPY_BLAS,
+        _JAX_XLA,
+        _MLX_FAST,
+        _REFERENCE,
+    ),
     "varlen_layernorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _MLX_FAST_NORM, _REFERENCE),
     "varlen_reduce": (
         _triton(*_FLOATING, *_INTEGERS, "bool"),
