@@ -21,6 +21,7 @@ from ._contest import Contenders, Contest
 from ._work import Heads, Tokens, heads, tokens
 
 _Call = Callable[..., Any]
+_MOST_SCORES = 1 << 27  # of the mask of segments, whose memory is that of all scores
 
 
 def _ours(q: Any, k: Any, v: Any, offsets: Any) -> Any:
@@ -50,8 +51,12 @@ def _step(fn: _Call, grad: Any) -> _Call:
 def _attention(work: Heads, *, new: bool = False, step: bool = False) -> Contenders:
     given, grad = [jnp.asarray(x) for x in (work.q, work.k, work.v)], jnp.asarray(work.grad)
     offsets = work.other_offsets if new else [work.offsets]
-    longest = max(int(np.diff(x).max()) for x in offsets)
-    calls = {"scree": _ours, "padded, is_causal": _by_padding(longest), "segment mask": _by_segments}
+    total, heads, _ = work.q.shape
+    calls = {"scree": _ours}
+    if not new:  # a program of fixed shapes would have to pad to the longest that may ever come
+        calls["padded, is_causal"] = _by_padding(max(work.lengths))
+    if new or total * total * heads <= _MOST_SCORES:
+        calls["segment mask"] = _by_segments
 
     def contender(fn: _Call) -> Callable[[], Any]:
         turns = itertools.cycle(offsets)

@@ -80,12 +80,11 @@ def _attention(work: Heads, *, new: bool = False, step: bool = False, flex: bool
     given, grad = [torch.tensor(x) for x in (work.q, work.k, work.v)], torch.tensor(work.grad)
     lengths = work.others if new else [work.lengths]
     offsets = work.other_offsets if new else [work.offsets]
-    calls: dict[str, _Call] = {
-        "scree": _ours,
-        "SDPA a sequence": _by_rows,
-        "SDPA padded, is_causal": _by_padding,
-        "SDPA padded, mask": _by_mask,
-    }
+    calls: dict[str, _Call] = {"scree": _ours, "SDPA a sequence": _by_rows}
+    if not new:  # padding takes the longer, the more the lengths differ, and nothing else is new about it
+        calls["SDPA padded, is_causal"] = _by_padding
+        if not step:
+            calls["SDPA padded, mask"] = _by_mask
     if flex and shutil.which("c++") is not None:
         calls["FlexAttention compiled"] = _flex(work)
 
