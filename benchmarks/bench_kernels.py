@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,9 +22,10 @@ def packages() -> tuple[str, ...]:
     return PACKAGES + tuple(name for name in PEERS if importlib.util.find_spec(name) is not None)
 
 
-def rows(part: str, seconds: float = 4.0) -> Iterator[dict[str, Any]]:
+def rows(part: str, seconds: float = 4.0, *, busy: bool = False) -> Iterator[dict[str, Any]]:
     """Time every contender of every op and workload; a dictionary each."""
-    rates = bench.measured_rates()
+    clock = time.process_time if busy else time.perf_counter
+    rates = bench.measured_rates(clock)
     for framework in PARTS[part]:
         for contest in bench.contests(framework):
-            yield from bench.measure(contest, rates, seconds)
+            yield from bench.measure(contest, rates, seconds, clock)

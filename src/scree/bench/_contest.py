@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -49,20 +50,22 @@ class Rates(NamedTuple):
         return max(contest.flops / self.flops, self.copy(contest.nbytes // 2) if contest.nbytes else 0.0)
 
 
-def measured_rates() -> Rates:
+def measured_rates(clock: Callable[[], float] = time.perf_counter) -> Rates:
     """Measure what this machine does."""
     a = np.ones((1024, 1024), np.float32)
-    product = interleaved({"matmul": lambda: a @ a}, 0.5)["matmul"]["ms"]
-    return Rates(2 * 1024**3 / product, _copy)
+    product = interleaved({"matmul": lambda: a @ a}, 0.5, clock=clock)["matmul"]["ms"]
+
+    @functools.cache
+    def copy(size: int) -> float:
+        source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
+        return interleaved({"copy": lambda: np.copyto(target, source)}, 0.2, clock=clock)["copy"]["ms"]
+
+    return Rates(2 * 1024**3 / product, copy)
 
 
-@functools.cache
-def _copy(size: int) -> float:
-    source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
-    return interleaved({"copy": lambda: np.copyto(target, source)}, 0.2)["copy"]["ms"]
-
-
-def measure(contest: Contest, rates: Rates, seconds: float) -> Iterator[dict[str, Any]]:
+def measure(
+    contest: Contest, rates: Rates, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[dict[str, Any]]:
     """Check the contenders and time them: a row for the floor, and one for each contender.
 
     Raises
@@ -74,7 +77,7 @@ def measure(contest: Contest, rates: Rates, seconds: float) -> Iterator[dict[str
     check(contenders)
     facts = {"op": contest.op, "framework": contest.framework, "work": contest.work}
     yield {**facts, "impl": FLOOR, "ms": round(rates.floor(contest), 5)}
-    for name, times in interleaved(contenders, seconds).items():
+    for name, times in interleaved(contenders, seconds, clock=clock).items():
         yield {**facts, "impl": name, "compiled": False, **times}
 
 

@@ -20,6 +20,7 @@ from ._work import Heads, Tokens, heads, tokens
 
 _Lengths = list[int]
 _Call = Callable[..., Any]  # of q, k, v, lengths, offsets
+_MOST_SCORES = 1 << 26  # of a padded step: beyond, it takes seconds and is no contender
 _NAMES = ("softmax", "sum", "max", "rmsnorm", "layernorm", "rope")
 
 
@@ -82,7 +83,8 @@ def _attention(work: Heads, *, new: bool = False, step: bool = False, flex: bool
     offsets = work.other_offsets if new else [work.offsets]
     calls: dict[str, _Call] = {"scree": _ours, "SDPA a sequence": _by_rows}
     if not new:  # padding takes the longer, the more the lengths differ, and nothing else is new about it
-        calls["SDPA padded, is_causal"] = _by_padding
+        if not step or len(work.lengths) * max(work.lengths) ** 2 * work.q.shape[1] <= _MOST_SCORES:
+            calls["SDPA padded, is_causal"] = _by_padding
         if not step:
             calls["SDPA padded, mask"] = _by_mask
     if flex and shutil.which("c++") is not None:
