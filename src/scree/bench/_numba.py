@@ -1,6 +1,6 @@
 """Plain loops for numba, as one would write them by hand: rows, or tokens, in parallel."""
 
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingModuleSource=false
 from __future__ import annotations
 
 from typing import Any

@@ -3,7 +3,7 @@
 Where the order of a sum may be changed, so that it is computed in vectors, it is by the length of the loop alone.
 """
 
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingModuleSource=false
 from __future__ import annotations
 
 import numba
