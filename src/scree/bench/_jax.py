@@ -44,8 +44,8 @@ def _by_padding(longest: int) -> _Call:
     return run
 
 
-def _step(fn: _Call, grad: Any) -> _Call:
-    return jax.grad(lambda q, k, v, offsets: (fn(q, k, v, offsets) * grad).sum(), argnums=(0, 1, 2))
+def _step(fn: _Call) -> _Call:
+    return jax.grad(lambda q, k, v, offsets, grad: (fn(q, k, v, offsets) * grad).sum(), argnums=(0, 1, 2))
 
 
 def _attention(work: Heads, *, new: bool = False, step: bool = False) -> Contenders:
@@ -60,8 +60,9 @@ def _attention(work: Heads, *, new: bool = False, step: bool = False) -> Contend
 
     def contender(fn: _Call) -> Callable[[], Any]:
         turns = itertools.cycle(offsets)
-        compiled = jax.jit(_step(fn, grad) if step else fn)
-        return lambda: jax.block_until_ready(compiled(*given, jnp.asarray(next(turns))))
+        compiled = jax.jit(_step(fn) if step else fn)
+        more = (grad,) if step else ()  # an argument: XLA would work on a constant for seconds
+        return lambda: jax.block_until_ready(compiled(*given, jnp.asarray(next(turns)), *more))
 
     return {name: contender(fn) for name, fn in calls.items()}
 
