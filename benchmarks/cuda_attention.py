@@ -176,11 +176,11 @@ PEERS: dict[str, Contender] = {
 
 
 def ours() -> dict[str, Contender]:
-    """Every implementation of the table that serves CUDA, and the backward that does not promise equal bits."""
+    """Every implementation of the table that is chosen on CUDA, and the backward that does not promise equal bits."""
     found = {
         f"scree {impl.name}": front_door(impl.name)
         for impl in TABLE["varlen_attention"]
-        if impl.backends is not None and "torch" in impl.backends and impl.devices is not None
+        if impl.backends is not None and "torch" in impl.backends and impl.devices is not None and not impl.on_request
     }
     if "deterministic" in _options():
         found["scree, deterministic=False"] = tensors(deterministic=False)

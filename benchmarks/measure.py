@@ -1,85 +1,31 @@
-"""Timing contenders side by side, and keeping what was measured together with what it was measured on."""
+"""Keeping what was measured together with what it was measured on. The timing itself is scree.bench's."""
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import json
 import os
 import platform
-import random
-import statistics
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scree.bench import interleaved, processor
+
+__all__ = ["RESULTS", "interleaved", "machine", "save"]
+
 RESULTS = Path(__file__).parent / "results"
-
-
-def interleaved(
-    contenders: dict[str, Callable[[], Any]], seconds: float, most: int = 1001
-) -> dict[str, dict[str, Any]]:
-    """Run every contender once a round until the time is spent; give the median and the quartiles in ms.
-
-    Each round has an order of its own, so that none always finds the caches and the memory that the same other one
-    left. Results are freed outside of the timed span, before the next contender runs, and garbage is collected before the
-    first round only.
-    """
-    spent = {name: _seconds(run) for name, run in contenders.items()}  # warms up, and is not counted
-    rounds = max(5, min(most, int(seconds / sum(spent.values()))))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    gc.collect()
-    gc.disable()
-    try:
-        order = list(contenders.items())
-        shuffle = random.Random(0).shuffle
-        for _ in range(rounds):
-            shuffle(order)
-            for name, run in order:
-                times[name].append(_seconds(run))
-    finally:
-        gc.enable()
-    return {name: _summary(values) for name, values in times.items()}
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
-    result = run()
-    ended = time.perf_counter()
-    del result
-    return ended - begun
-
-
-def _summary(times: list[float]) -> dict[str, Any]:
-    low, middle, high = statistics.quantiles(times, n=4)
-    return {
-        "ms": round(middle * 1e3, 5),
-        "low": round(low * 1e3, 5),
-        "high": round(high * 1e3, 5),
-        "rounds": len(times),
-    }
 
 
 def machine(packages: tuple[str, ...]) -> dict[str, Any]:
     """Say what this is measured on: device, system, versions, and the commit of the checkout."""
     return {
-        "device": f"{_processor()}, {os.cpu_count()} cores",
+        "device": f"{processor()}, {os.cpu_count()} cores",
         "system": f"{platform.system()} {platform.machine()}, CPython {platform.python_version()}",
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--", "src")),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _git(*arguments: str) -> str:

@@ -14,6 +14,7 @@ A test that names one of these arguments is run once for every combination of
 """
 
 import importlib
+import importlib.util
 import os
 import warnings
 
@@ -96,6 +97,8 @@ def implementations(op, xp, dtype=None):
 
     found = []
     for impl in _dispatch.TABLE[op]:
+        if impl.on_request or (impl.requires is not None and importlib.util.find_spec(impl.requires) is None):
+            continue
         if impl.backends is not None and xp.name not in impl.backends:
             continue
         if impl.devices is not None and xp.device_kind not in impl.devices:

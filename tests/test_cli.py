@@ -273,6 +273,13 @@ def test_doctor_names_the_implementation_and_why_not_the_others(monkeypatch):
     assert "none" in done.output
 
 
+def test_doctor_passes_over_what_serves_on_request_alone(monkeypatch):
+    mine = TABLE["varlen_softmax"][-1]._replace(name="mine", on_request=True)
+    monkeypatch.setitem(TABLE, "varlen_softmax", (mine, TABLE["varlen_softmax"][-1]))
+    (place,) = _doctor._numpy()
+    assert _doctor.answer("varlen_softmax", place.array) == ("reference", (("mine", "serves on request alone"),))
+
+
 def test_doctor_shows_what_a_compiler_raised(monkeypatch):
     class TritonError(Exception):
         pass

@@ -128,3 +128,29 @@ def test_no_offsets_reach_outside(jx):
     for offsets in ([0, 4, 90], [0, 8, 3], [0, -5, 10], [7, 2, -1]):
         out = jx.module.jit(lambda v, o: attend(scree.Array(v, o)))(values, jx.array(offsets, "int32"))
         assert np.isfinite(jx.to_np(out)).all()
+
+
+@pytest.mark.parametrize("features", [31, 33, 130])
+@pytest.mark.parametrize("op", ["sum", "max"])
+def test_reductions_of_a_row_alone_where_the_way_changes_with_the_features(jx, op, features):
+    lengths = (300, 0, 5, 129, 1)
+    a = arr_of(jx, lengths, (features,))
+    out = jx.to_np(kernels.varlen_reduce(a, op, implementation=NAME))
+    for i in (0, 2, 3):
+        alone = kernels.varlen_reduce(a[i : i + 1], op, implementation=NAME)
+        assert_same_bits(jx.to_np(alone)[0], out[i])
+
+
+def test_spare_values_that_are_nan_reach_no_sum_and_get_no_gradient(jx):
+    jax, jnp = jx.module, jx.module.numpy
+    a = scree.with_capacity(arr_of(jx, (300, 5), (40,)), 4, 400)
+    values = a.values.at[305:].set(jnp.nan)
+
+    def total(values, op):
+        return kernels.varlen_reduce(a.with_values(values), op, implementation=NAME)[:2].sum()
+
+    for op in ("sum", "mean", "max", "logsumexp"):
+        value, grad = jax.value_and_grad(total)(values, op)
+        assert np.isfinite(value)
+        assert np.isfinite(jx.to_np(grad)[:305]).all()
+        assert (jx.to_np(grad)[305:] == 0).all()

@@ -1,4 +1,8 @@
 from collections.abc import Callable
 from typing import Any
 
-def njit(*, cache: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
+def njit(
+    *, cache: bool = False, fastmath: bool | set[str] = False, nogil: bool = False, parallel: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
+
+prange = range

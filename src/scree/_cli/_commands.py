@@ -9,7 +9,7 @@ import typer
 
 import scree
 
-from . import _demo, _doctor, _report
+from . import _bench, _demo, _doctor, _report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -51,6 +51,31 @@ def demo(
     ),
 ) -> None:
     _demo.run(question, backend, texts, output)
+
+
+@app.command(
+    help="Measure the kernels on each framework that is installed here, beside what people write by hand with it."
+)
+def bench(
+    framework: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"One of {', '.join(_bench.bench.FRAMEWORKS)}; may be given several times. Default: all that are installed.",
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few rows, in about a minute.")] = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help=f"Of rounds for each row. Default: {_bench.SECONDS:g}, with --quick {_bench.QUICK_SECONDS:g}.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Save all times there too (.json).", show_default=False)] = None,
+) -> None:
+    _bench.run(framework or [], quick, seconds, output)
 
 
 @app.command(help="List the frameworks, devices and implementations found here, and why each missing one is missing.")

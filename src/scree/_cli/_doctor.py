@@ -153,6 +153,8 @@ def answer(op: str, array: Any) -> Answer:
     against: list[tuple[str, str]] = []
     for implementation in TABLE[op]:
         reason = why_not(op, implementation.name, array)
+        if reason is None and implementation.on_request:
+            reason = "serves on request alone"
         if reason is None:
             return Answer(implementation.name, tuple(against))
         against.append((implementation.name, reason))

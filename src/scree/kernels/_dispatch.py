@@ -11,6 +11,7 @@ cannot import.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +31,10 @@ class Impl(NamedTuple):
         Relative to `scree.kernels`; holds a function named after the op, and ``why_not``.
     backends, devices, dtypes : tuple of str, or None
         The frameworks, kinds of device and dtypes it serves; None serves all.
+    requires : str, optional
+        A package beyond the framework, without which it is not here.
+    on_request : bool
+        It is never chosen, and serves only where it is asked for by name.
     """
 
     name: str
@@ -37,10 +42,13 @@ class Impl(NamedTuple):
     backends: tuple[str, ...] | None = None
     devices: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] | None = None
+    requires: str | None = None
+    on_request: bool = False
 
 
 _TORCH_NATIVE = Impl("torch_native", ".torch_native", backends=("torch",), devices=("cpu",))
 _NUMPY_BLAS = Impl("numpy_blas", ".numpy_blas", backends=("numpy",))
+_NUMBA = Impl("numba", ".numba_loops", backends=("numpy",), dtypes=("float16", "float32", "float64"), requires="numba")
 _JAX_XLA = Impl("jax_xla", ".jax_xla", backends=("jax",))
 _MLX_FAST = Impl("mlx_fast", ".mlx_fast", backends=("mlx",))
 _MLX_FAST_NORM = _MLX_FAST._replace(dtypes=("float16", "bfloat16", "float32"))  # mx.fast narrows float64
@@ -51,34 +59,54 @@ def _triton(*dtypes: str) -> Impl:
     return Impl("triton", ".triton", backends=("torch",), devices=("cuda",), dtypes=dtypes)
 
 
+def _flash(name: str, requires: str | None = None) -> Impl:
+    dtypes = ("float16", "bfloat16")
+    return Impl(name, f".flash.{name}", ("torch",), ("cuda",), dtypes, requires=requires, on_request=True)
+
+
+_FLASH = (_flash("torch_varlen"), _flash("fa3", "flash_attn_interface"), _flash("fa4", "flash_attn"))
 _HALVES_AND_SINGLE = ("float16", "bfloat16", "float32")
 _FLOATING = (*_HALVES_AND_SINGLE, "float64")
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8")
 
 # op -> implementations, the best one first
 TABLE: dict[str, tuple[Impl, ...]] = {
-    "varlen_attention": (_triton(*_HALVES_AND_SINGLE), _TORCH_NATIVE, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST, _REFERENCE),
-    "varlen_layernorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMPY_BLAS, _MLX_FAST_NORM, _REFERENCE),
-    "varlen_reduce": (
-        _triton(*_FLOATING, *_INTEGERS, "bool"),
+    "varlen_attention": (
+        _triton(*_HALVES_AND_SINGLE),
+        *_FLASH,
         _TORCH_NATIVE,
         _NUMPY_BLAS,
         _JAX_XLA,
         _MLX_FAST,
         _REFERENCE,
     ),
-    "varlen_rmsnorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMPY_BLAS, _MLX_FAST_NORM, _REFERENCE),
-    "varlen_rope": (_triton(*_FLOATING), _REFERENCE),
+    "varlen_layernorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _MLX_FAST_NORM, _REFERENCE),
+    "varlen_reduce": (
+        _triton(*_FLOATING, *_INTEGERS, "bool"),
+        _TORCH_NATIVE,
+        _NUMBA._replace(dtypes=("float32", "float64", *_INTEGERS, "bool")),
+        _NUMPY_BLAS,
+        _JAX_XLA,
+        _MLX_FAST,
+        _REFERENCE,
+    ),
+    "varlen_rmsnorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _MLX_FAST_NORM, _REFERENCE),
+    "varlen_rope": (_triton(*_FLOATING), _NUMBA, _REFERENCE),
     "varlen_softmax": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST, _REFERENCE),
 }
 
 
 _MODULES: dict[str, Any] = {}
+_INSTALLED: dict[str, bool] = {}  # of the packages that implementations require; looked for but once
 
 
 def _import_modules(backend: Backend) -> None:
     for impl in {impl for implementations in TABLE.values() for impl in implementations}:
-        if impl.module not in _MODULES and (impl.backends is None or backend.NAME in impl.backends):
+        if impl.backends is not None and backend.NAME not in impl.backends:
+            continue
+        if impl.requires is not None and impl.requires not in _INSTALLED:
+            _INSTALLED[impl.requires] = importlib.util.find_spec(impl.requires) is not None
+        if impl.module not in _MODULES:
             _MODULES[impl.module] = importlib.import_module(impl.module, __package__)
 
 
@@ -96,7 +124,9 @@ def choose(op: str, implementation: str | None, arr: Array, *args: Any, **option
         None can serve the call, or not the one that was asked for; the message has every reason.
     """
     candidates = TABLE[op]
-    if implementation is not None:
+    if implementation is None:
+        candidates = tuple(impl for impl in candidates if not impl.on_request)
+    else:
         candidates = tuple(impl for impl in candidates if impl.name == implementation)
         if not candidates:
             known = ", ".join(repr(impl.name) for impl in TABLE[op])
@@ -104,6 +134,8 @@ def choose(op: str, implementation: str | None, arr: Array, *args: Any, **option
     reasons: list[str] = []
     for impl in candidates:
         against = mismatch(impl, arr)
+        if against is None and impl.requires is not None and not _INSTALLED[impl.requires]:
+            against = f"needs {impl.requires}, which is not installed"
         if against is None:
             module = _MODULES[impl.module]
             against = module.why_not(op, arr, *args, **options)

@@ -49,19 +49,23 @@ class Rows(NamedTuple):
         return (self.starts[:, None] + np.arange(self.length, dtype=np.int64)).reshape(-1)
 
 
-def alike(offsets: HostInts, features: int) -> Iterator[Rows]:
+def alike(offsets: HostInts, features: int, *, only_short: bool = False) -> Iterator[Rows]:
     """Go through the rows that are not empty: short ones with others of their length, every other one alone."""
     starts = offsets[:-1].astype(np.int64)
     lengths = (offsets[1:] - offsets[:-1]).astype(np.int64)
     order = np.argsort(lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    cuts = np.flatnonzero(np.diff(lengths[order])) + 1
-    for numbers in np.split(order, cuts) if len(order) and features else ():
-        length = int(lengths[numbers[0]])
+    ordered = lengths[order]
+    first = int(np.searchsorted(ordered, 1))
+    last = int(np.searchsorted(ordered, TOGETHER // max(features, 1), side="right")) if only_short else len(order)
+    if first >= last or not features:
+        return
+    cuts = [first, *(np.flatnonzero(np.diff(ordered[first:last])) + first + 1).tolist(), last]
+    for a, b in zip(cuts, cuts[1:], strict=False):
+        length = int(ordered[a])
         size = length * features
         step = BLOCK // size if size <= TOGETHER else 1
-        for i in range(0, len(numbers), step):
-            some = numbers[i : i + step]
+        for i in range(a, b, step):
+            some = order[i : min(i + step, b)]
             yield Rows(some, starts[some], length, size <= TOGETHER)
 
 

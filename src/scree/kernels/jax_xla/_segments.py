@@ -1,7 +1,8 @@
 """Softmax and reductions along the ragged axis, by trees over tiles of each row.
 
 Wide tokens are taken tile by tile in a loop, narrow ones all at once by a gather; either way a row is a tree of
-elementwise operations that begins where the row begins. Spreading values over the tokens of their rows and adding up
+elementwise operations that begins where the row begins. The CPU adds up what a scatter brings in its order, and so does
+the same for all but narrow tokens. Spreading values over the tokens of their rows and adding up
 the tokens of rows are each other's derivative, so that no gradient is scattered.
 """
 
@@ -22,7 +23,7 @@ from ..._check import integer_limits, is_integer
 from ..._layout import moved_from_front, moved_to_front
 from ._tiles import at, longer, safe, tiles_of
 
-_WIDE = 64  # features
+_MIDDLING, _WIDE = 32, 64  # features
 _LOOPED, _GATHERED = 128, 32  # tokens of a tile
 _INF = float("inf")
 _custom_vjp: Any = jax.custom_vjp  # whose types lose those of what it decorates
@@ -50,7 +51,32 @@ def _fold(op: str, x: Dense, offsets: Dense) -> Dense:
     """Combine the tokens (T, F) of each row, (B, F); the neutral value for an empty row."""
     if x.shape[0] == 0 or offsets.shape[0] == 1:
         return jnp.full((offsets.shape[0] - 1, x.shape[1]), _neutral(op, x.dtype), x.dtype)
-    return (_looped if x.shape[1] >= _WIDE else _gathered)(op, x, offsets)
+    if x.shape[1] < _MIDDLING:
+        return _gathered(op, x, offsets)
+    by_tiles = partial(_looped if x.shape[1] >= _WIDE else _gathered, op)
+    return lax.platform_dependent(x, offsets, cpu=partial(_scattered, op), default=by_tiles)
+
+
+def _scattered(op: str, x: Dense, offsets: Dense) -> Dense:
+    """Combine the tokens of tiles, and then the tiles of rows, one after the other, which a scatter on the CPU does.
+
+    On other devices its order is any.
+    """
+    total, rows = x.shape[0], offsets.shape[0] - 1
+    tiles = tiles_of(offsets, _LOOPED)
+    most = total // _LOOPED + rows
+    places = jnp.arange(total, dtype=offsets.dtype)
+    row = jnp.minimum(jnp.searchsorted(offsets[1:], places, side="right"), rows - 1)
+    tile = tiles.bounds[row] + (places - offsets[row]) // _LOOPED
+    parts = _scatter(op, x, jnp.where(places < offsets[-1], tile, most), most)
+    return _scatter(op, parts, jnp.searchsorted(tiles.bounds[1:], jnp.arange(most), side="right"), rows)
+
+
+def _scatter(op: str, x: Dense, index: Dense, count: int) -> Dense:
+    """Combine x (T, F) by index, sorted, to (count, F); what has a larger index is left out."""
+    target = jnp.full((count, x.shape[1]), _neutral(op, x.dtype), x.dtype).at[index]
+    combine = {"sum": target.add, "max": target.max, "min": target.min}[op]
+    return combine(x, mode="drop", indices_are_sorted=True)
 
 
 def _looped(op: str, x: Dense, offsets: Dense) -> Dense:
@@ -186,11 +212,11 @@ def _reduce(values: Dense, offsets: Dense, *, op: str) -> Dense:
         x = values.astype(jnp.int8) if values.dtype == jnp.bool_ else values
         out = _fold(op, x, offsets)
         return out > 0 if values.dtype == jnp.bool_ else out
-    used = (jnp.arange(total) < offsets[-1])[:, None]
-    x = jnp.where(used, values.astype(jnp.promote_types(values.dtype, jnp.float32)), 0)
+    x = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     if op in ("max", "min"):
         return _extreme(op, x, offsets).astype(values.dtype)
     if op == "logsumexp":
+        x = jnp.where((jnp.arange(total) < offsets[-1])[:, None], x, 0)
         p, top = _exponentials(x, offsets)
         s = _sum(p, offsets)
         none = s == 0

@@ -6,16 +6,18 @@ Sums run along the middle axis of (G, n, F), which torch adds up column by colum
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..._array import Array
+from ..._backends._protocol import HostInts
 from ..._check import integer_limits, is_integer
 from ..._layout import moved_from_front, moved_to_front
-from .._rows import Rows, alike
+from .._rows import TOGETHER, Rows, alike
 from ._common import empty, host, wide
 
 _INF = float("inf")
@@ -47,6 +49,16 @@ def _by_columns(fn: Callable[..., Tensor], columns: int, out: Tensor, *given: Te
         out[..., c : c + columns] = fn(*parts)
 
 
+def _by_rows(x: Tensor, lengths: list[int]) -> Sequence[Tensor]:
+    """Views of the rows of x (T, F), all at once: one by one they take longer than what is done with a short row."""
+    return x[: sum(lengths)].split(lengths)
+
+
+def _long(bounds: HostInts, features: int) -> list[int]:
+    """The rows that are computed alone, in the order of memory."""
+    return np.flatnonzero(np.diff(bounds).astype(np.int64) * features > TOGETHER).tolist()
+
+
 def _each(
     offsets: Tensor,
     fn: Callable[..., Tensor],
@@ -57,26 +69,31 @@ def _each(
 ) -> Tensor:
     """Apply fn to the tokens (T, F) of each row and to its values (B, F): (T, F), zeros beyond the last row.
 
-    ``alone(out, *given)`` may compute long rows, in the wide dtype.
+    ``alone(out, *given)`` may compute long rows, (n, F) and (F,), where all is in the wide dtype.
     """
     x, bounds = tokens[0], host(offsets)
     out = empty(tuple(x.shape), dtype)
     out[int(bounds[-1]) :] = 0
-    for rows in alike(bounds, x.shape[1]):
+    if dtype != wide(x.dtype) or any(y.dtype != dtype for y in (*tokens, *values)):
+        alone = None
+    if alone is not None:
+        lengths = np.diff(bounds).tolist()
+        rows_of = [_by_rows(y, lengths) for y in (out, *tokens)] + [v.unbind() for v in values]
+        for row in _long(bounds, x.shape[1]):
+            alone(*(views[row] for views in rows_of))
+    for rows in alike(bounds, x.shape[1], only_short=alone is not None):
         index = _index(rows)
         given = [_tokens(rows, y, index) for y in tokens]
         numbers = torch.from_numpy(rows.numbers)
         given += [v.index_select(0, numbers)[:, None] for v in values]
-        if rows.short:
-            y = fn(*(part.to(wide(x.dtype)) for part in given))
-            if index is None:
-                _tokens(rows, out, None).copy_(y)
-            else:
-                out.index_copy_(0, index, y.reshape(-1, out.shape[1]).to(dtype))
-        elif alone is not None:
-            alone(_tokens(rows, out, None), *(part.to(wide(x.dtype)) for part in given))
-        else:
+        if not rows.short:
             _by_columns(fn, _columns(rows.length, x.shape[1]), _tokens(rows, out, None), *given)
+            continue
+        y = fn(*(part.to(wide(x.dtype)) for part in given))
+        if index is None:
+            _tokens(rows, out, None).copy_(y)
+        else:
+            out.index_copy_(0, index, y.reshape(-1, out.shape[1]).to(dtype))
     return out
 
 
@@ -95,11 +112,11 @@ def _softmax_bwd(g: Tensor, y: Tensor) -> Tensor:
 
 
 def _softmax_alone(out: Tensor, x: Tensor) -> None:
-    torch.softmax(x, 1, out=out)
+    torch.softmax(x, 0, out=out)
 
 
 def _softmax_bwd_alone(out: Tensor, g: Tensor, y: Tensor) -> None:
-    torch.ops.aten._softmax_backward_data.out(g, y, 1, y.dtype, grad_input=out)
+    torch.ops.aten._softmax_backward_data.out(g, y, 0, y.dtype, grad_input=out)
 
 
 softmax = torch.library.custom_op(
@@ -177,14 +194,30 @@ def _of_nothing(op: str, dtype: torch.dtype) -> float | int | bool:
     return _INF if op == "min" else -_INF
 
 
+_ALONE: dict[str, Callable[..., Any]] = {
+    "sum": lambda x, out: torch.sum(x, 0, dtype=x.dtype, out=out),
+    "max": lambda x, out: torch.amax(x, 0, out=out),
+    "min": lambda x, out: torch.amin(x, 0, out=out),
+}
+
+
 def _reduce(x: Tensor, offsets: Tensor, op: str) -> Tensor:
     bounds = host(offsets)
-    out = torch.full((len(bounds) - 1, x.shape[1]), _of_nothing(op, x.dtype), dtype=x.dtype)
+    features = x.shape[1]
+    out = torch.full((len(bounds) - 1, features), _of_nothing(op, x.dtype), dtype=x.dtype)
     dtype = wide(x.dtype) if x.is_floating_point() else x.dtype
-    for rows in alike(bounds, x.shape[1]):
+    alone = _ALONE.get(op) if x.dtype == dtype else None
+    parts, outs = _by_rows(x, np.diff(bounds).tolist()), out.unbind()
+    if alone is not None:
+        for row in _long(bounds, features):
+            alone(parts[row], outs[row])
+    for rows in alike(bounds, features, only_short=alone is not None):
+        if alone is not None and len(rows.numbers) == 1:
+            alone(parts[rows.numbers[0]], outs[rows.numbers[0]])
+            continue
         given = _tokens(rows, x, _index(rows))
-        columns = x.shape[1] if op != "logsumexp" else _columns(rows.length, x.shape[1])
-        for c in range(0, x.shape[1], columns):
+        columns = features if op != "logsumexp" else _columns(rows.length, features)
+        for c in range(0, features, columns):
             part = given[..., c : c + columns].to(dtype)
             y = _REDUCE[op](part).to(x.dtype)
             if len(rows.numbers) == 1:
@@ -200,6 +233,11 @@ def _share(g: Tensor, x: Tensor, out: Tensor) -> Tensor:
     return won.mul_(g / won.sum(1, keepdim=True).clamp_(min=1))
 
 
+def _share_alone(out: Tensor, x: Tensor, g: Tensor, top: Tensor) -> None:
+    won = torch.eq(x, top, out=out)
+    won.mul_(g / won.sum(0).clamp_(min=1))
+
+
 def _logsumexp_bwd(g: Tensor, x: Tensor) -> Tensor:
     top = x.amax(1, keepdim=True)
     p = torch.sub(x, torch.where(top.abs() < _INF, top, torch.zeros_like(top))).exp_()
@@ -207,15 +245,26 @@ def _logsumexp_bwd(g: Tensor, x: Tensor) -> Tensor:
     return p.mul_(g / torch.where(s == 0, torch.ones_like(s), s))
 
 
+def _spread(grad: Tensor, x: Tensor, bounds: HostInts, op: str) -> Tensor:
+    """Give each token the gradient of the sum, or of the mean, of its row."""
+    lengths = np.diff(bounds)
+    if op == "mean":
+        each = torch.from_numpy(np.maximum(lengths, 1).astype(np.int64))[:, None]
+        grad = (grad.to(wide(x.dtype)) / each).to(x.dtype)
+    out = empty(tuple(x.shape), x.dtype)
+    used = int(bounds[-1])
+    out[used:] = 0
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    torch.index_select(grad, 0, torch.from_numpy(row), out=out[:used])
+    return out
+
+
 def _reduce_bwd(grad: Tensor, x: Tensor, out: Tensor, offsets: Tensor, op: str) -> Tensor:
-    if op in ("max", "min"):
-        return _each(offsets, lambda x, g, o: _share(g, x, o), x.dtype, (x,), (grad, out))
-    fn: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "sum": lambda x, g: g.expand(x.shape),
-        "mean": lambda x, g: (g / x.shape[1]).expand(x.shape),
-        "logsumexp": lambda x, g: _logsumexp_bwd(g, x),
-    }
-    return _each(offsets, fn[op], x.dtype, (x,), (grad,))
+    if op in ("sum", "mean"):
+        return _spread(grad, x, host(offsets), op)
+    if op == "logsumexp":
+        return _each(offsets, lambda x, g: _logsumexp_bwd(g, x), x.dtype, (x,), (grad,))
+    return _each(offsets, lambda x, g, o: _share(g, x, o), x.dtype, (x,), (grad, out), _share_alone)
 
 
 reduce = torch.library.custom_op(

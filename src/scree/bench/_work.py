@@ -1,0 +1,71 @@
+"""The workloads, in NumPy: every framework makes its own arrays of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+TOKENS = (96, 12_160, 1024)  # rows, tokens, features
+HEADS = ((16, 124, 4, 32), (16, 512, 8, 64))  # sequences, mean length, heads, head dim
+BATCHES = 8  # with lengths of their own, where every call gets new ones
+
+
+def lengths_of(rows: int, mean: int, total: int | None = None, seed: int = 0) -> Any:
+    """Log-normal lengths of sigma 1, scaled to a total where one is given."""
+    rng = np.random.default_rng(seed)
+    lengths = np.maximum(1, rng.lognormal(np.log(mean) - 0.5, 1.0, rows).astype(np.int64))
+    if total is not None:
+        lengths = np.maximum(1, lengths * total // lengths.sum())
+        lengths[lengths.argmax()] += total - lengths.sum()
+    return lengths
+
+
+class Heads:
+    """One batch for causal attention: q, k, v (T, heads, dim), a gradient of the output, and lengths.
+
+    ``others`` has lengths of as many tokens in all: what a training loop brings at the next calls.
+    """
+
+    def __init__(self, sequences: int, mean: int, heads: int, dim: int) -> None:
+        self.lengths: list[int] = lengths_of(sequences, mean).tolist()
+        total = sum(self.lengths)
+        self.offsets = _offsets(self.lengths)
+        self.q, self.k, self.v, self.grad = np.random.default_rng(1).standard_normal((4, total, heads, dim), np.float32)
+        self.name = f"{sequences} x ~{mean} x {heads} x {dim}"
+        self.flops = sum(2.0 * n * (n + 1) for n in self.lengths) * heads * dim
+        self.others: list[list[int]] = [
+            lengths_of(sequences, mean, total, seed).tolist() for seed in range(1, BATCHES + 1)
+        ]
+        self.other_offsets = [_offsets(lengths) for lengths in self.others]
+        pairs = [sum(2.0 * n * (n + 1) for n in lengths) for lengths in self.others]
+        self.other_flops = float(np.median(pairs)) * heads * dim
+
+
+class Tokens:
+    """Tokens of many features in rows, for what runs along rows and along tokens."""
+
+    def __init__(self, rows: int, tokens: int, features: int) -> None:
+        self.rows, self.features = rows, features
+        self.lengths: list[int] = lengths_of(rows, tokens // rows, tokens).tolist()
+        self.offsets = _offsets(self.lengths)
+        rng = np.random.default_rng(2)
+        self.x, self.grad = rng.standard_normal((2, tokens, features), np.float32)
+        self.weight, self.bias = rng.standard_normal((2, features), np.float32)
+        self.name = f"{tokens} x {features}, {rows} rows"
+        angles = np.arange(max(self.lengths))[:, None] / 10_000 ** (np.arange(0, 64, 2) / 64)
+        self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)  # heads of 64
+
+
+def _offsets(lengths: list[int]) -> Any:
+    return np.cumsum([0, *lengths], dtype=np.int32)
+
+
+def heads() -> list[Heads]:
+    """The batches for attention, the small one first."""
+    return [Heads(*shape) for shape in HEADS]
+
+
+def tokens() -> Tokens:
+    """The tokens for everything else."""
+    return Tokens(*TOKENS)

@@ -1,0 +1,65 @@
+"""FlashAttention-3, the package `flash_attn_interface`, for Hopper."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._array import Array
+from ._limits import arguments, head_dims, output, refusal, window
+
+_WIDEST = 256
+_KEPT: dict[str, Any] = {}
+
+
+def _function() -> Any:
+    """`flash_attn_varlen_func`, or a text that says why there is none."""
+    if "function" not in _KEPT:
+        try:
+            _KEPT["function"] = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
+        except (ImportError, OSError, AttributeError) as error:  # OSError: a shared library that does not load
+            _KEPT["function"] = f"flash_attn_interface cannot be imported: {error}"
+    return _KEPT["function"]
+
+
+def why_not(op: str, q: Array, k: Array, v: Array, causal: bool = False, **options: Any) -> str | None:
+    """Say what speaks against computing this call here."""
+    against = head_dims(q, v, _WIDEST, equal=True) or refusal(q, k, v, causal, **options)
+    if against is not None:
+        return against
+    major, minor = torch.cuda.get_device_capability(q.values.device)
+    if major != 9:
+        return f"it is for Hopper (sm_90), this device is sm_{major}{minor}"
+    function = _function()
+    return function if isinstance(function, str) else None
+
+
+def varlen_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = False,
+    *,
+    scale: float,
+    window_size: tuple[int | None, int | None],
+    softcap: float | None,
+    sinks: Tensor | None,
+    return_lse: bool,
+) -> Array:
+    """Compute `scree.kernels.varlen_attention` by FlashAttention-3."""
+    left, right = window(causal, window_size, -1)
+    whole = (left, right) == (-1, 0)
+    result = _function()(
+        q.values,
+        k.values,
+        v.values,
+        *arguments(q, k),
+        softmax_scale=scale,
+        causal=whole,
+        window_size=(-1, -1) if whole else (left, right),
+        softcap=softcap or 0.0,
+    )
+    return output(q, result)

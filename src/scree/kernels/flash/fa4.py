@@ -1,0 +1,69 @@
+"""FlashAttention-4, the package `flash_attn.cute`, for Hopper and Blackwell. It compiles at the first call of a kind."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._array import Array
+from ._limits import arguments, head_dims, output, refusal, window
+
+_WIDEST = {9: 256, 10: 128, 11: 128}  # major capability -> head dim
+_KEPT: dict[str, Any] = {}
+
+
+def _function() -> Any:
+    """`flash_attn_varlen_func`, or a text that says why there is none."""
+    if "function" not in _KEPT:
+        try:
+            _KEPT["function"] = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
+        except (ImportError, OSError, AttributeError) as error:  # OSError: a shared library that does not load
+            _KEPT["function"] = f"flash_attn.cute cannot be imported: {error}"
+    return _KEPT["function"]
+
+
+def why_not(op: str, q: Array, k: Array, v: Array, causal: bool = False, **options: Any) -> str | None:
+    """Say what speaks against computing this call here."""
+    against = refusal(q, k, v, causal, **options) or head_dims(q, v, max(_WIDEST.values()), equal=False)
+    if against is not None:
+        return against
+    major, minor = torch.cuda.get_device_capability(q.values.device)
+    if major not in _WIDEST:
+        return f"it is for sm_90, sm_100 and sm_110, this device is sm_{major}{minor}"
+    function = _function()
+    return function if isinstance(function, str) else head_dims(q, v, _WIDEST[major], equal=False)
+
+
+def varlen_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = False,
+    *,
+    scale: float,
+    window_size: tuple[int | None, int | None],
+    softcap: float | None,
+    sinks: Tensor | None,
+    return_lse: bool,
+) -> Array:
+    """Compute `scree.kernels.varlen_attention` by FlashAttention-4."""
+    left, right = window(causal, window_size, None)
+    whole = (left, right) == (None, 0)
+    cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = arguments(q, k)
+    result = _function()(
+        q.values,
+        k.values,
+        v.values,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=longest_q,
+        max_seqlen_k=longest_k,
+        softmax_scale=scale,
+        causal=whole,
+        window_size=(None, None) if whole else (left, right),
+        softcap=softcap or 0.0,
+    )
+    return output(q, result)

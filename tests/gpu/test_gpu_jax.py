@@ -1,0 +1,68 @@
+"""The room jax_xla on JAX's GPU: right against the reference, a row's bits its own, and nothing added up in any order."""
+
+import numpy as np
+import pytest
+
+import oracle
+import scree
+from cases import normal
+from expect import assert_same_bits
+from scree import kernels
+
+jax = pytest.importorskip("jax")
+if jax.default_backend() != "gpu":
+    pytest.skip("JAX has no GPU here", allow_module_level=True)
+
+import jax.numpy as jnp  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.no_poison]
+NAME = "jax_xla"
+LENGTHS = (130, 0, 5, 300)
+
+
+def arr_of(features, seed=0):
+    """Make an Array of normals on the GPU."""
+    values = jnp.asarray(normal((sum(LENGTHS), *features), seed).astype(np.float32))
+    return scree.Array(values, jnp.asarray(np.array(oracle.offsets_of(LENGTHS), np.int32)))
+
+
+CALLS = {
+    "attention": ((4, 64), lambda a, name: kernels.varlen_attention(a, a, a, causal=True, implementation=name).values),
+    "softmax": ((96,), lambda a, name: kernels.varlen_softmax(a, implementation=name).values),
+    "softmax of few": ((3,), lambda a, name: kernels.varlen_softmax(a, implementation=name).values),
+    "sum": ((96,), lambda a, name: kernels.varlen_reduce(a, "sum", implementation=name)),
+    "max": ((40,), lambda a, name: kernels.varlen_reduce(a, "max", implementation=name)),
+    "logsumexp": ((96,), lambda a, name: kernels.varlen_reduce(a, "logsumexp", implementation=name)),
+}
+
+
+def both(call, arr, implementation):
+    """The result and the gradient of its product with weights that a seed gives."""
+
+    def loss(values):
+        out = call(arr.with_values(values), implementation)
+        finite = jnp.where(jnp.isfinite(out), out, 0)
+        return (finite * jnp.asarray(normal(out.shape, 7).astype(np.float32))).sum(), out
+
+    (_, out), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(arr.values)
+    return np.asarray(out), np.asarray(grad)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_it_is_right_and_two_runs_give_the_same_bits(name):
+    features, call = CALLS[name]
+    arr = arr_of(features)
+    got, again, want = both(call, arr, NAME), both(call, arr, NAME), both(call, arr, "reference")
+    for a, b, c in zip(got, again, want, strict=True):
+        assert_same_bits(a, b)
+        np.testing.assert_allclose(a, c, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_row_alone_has_the_same_bits(name):
+    features, call = CALLS[name]
+    arr, cuts = arr_of(features), oracle.offsets_of(LENGTHS)
+    out = np.asarray(call(arr, NAME))
+    for row in (0, 2, 3):
+        place = slice(cuts[row], cuts[row + 1]) if len(out) == sum(LENGTHS) else slice(row, row + 1)
+        assert_same_bits(np.asarray(call(arr[row : row + 1], NAME)), out[place])
