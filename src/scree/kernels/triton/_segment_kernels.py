@@ -19,7 +19,7 @@ sequence gives, PADDING what changes no result.
 import triton
 import triton.language as tl
 
-from ._segment_parts import PARTS, _bounds, _folded, _mapped, _parts, _places, _read, _result
+from ._segment_part_kernels import PARTS, _bounds, _folded, _mapped, _parts, _places, _read, _result
 
 
 @triton.jit
