@@ -110,6 +110,42 @@ def test_demo_without_a_question_and_with_fewer_texts(small_library, tmp_path):
     assert (tmp_path / "scree-demo.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.hf
+def test_demo_through_transformers(small_library, tmp_path):
+    need_demo()
+    transformers = pytest.importorskip("transformers")
+    done = scree_("demo", "how do I post mail?", "--hf", "--backend", "torch", "--output", "out.png")
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        assert done.exit_code == 1
+        assert "scree demo: transformers 4" in done.output
+        assert 'needs 5 or newer: pip install "transformers>=5"' in done.output
+        return
+    assert done.exit_code == 0, done.output
+    assert f"all-MiniLM-L6-v2 through transformers {transformers.__version__}: 5 of 5 docstrings" in done.output
+    assert 'Padded with attn_implementation="sdpa", packed with "scree".' in done.output
+    assert "Loading weights" not in done.output
+    assert (tmp_path / "out.png").read_bytes().startswith(PNG)
+
+    def rows(done):
+        """The numbers of texts and tokens, and the answers without their scores."""
+        lines = [line.split() for line in done.output.splitlines() if line.startswith("│")]
+        return [words[3:] for words in lines if words[1] not in ("activations", "seconds", "largest")]
+
+    own = scree_("demo", "how do I post mail?", "--backend", "torch")
+    assert rows(done) == rows(own)
+    assert len(rows(own)) == 3 + 5
+
+
+def test_packages_that_the_demo_misses_for_transformers_are_one_sentence(monkeypatch):
+    missing = ("tokenizers", "transformers")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else name)
+    done = scree_("demo", "--hf")
+    assert done.exit_code == 1
+    assert done.output == (
+        'scree demo: needs tokenizers, transformers; not installed here: pip install "scree[demo,hf]"\n'
+    )
+
+
 def test_demo_fails_where_the_two_ways_differ(small_library, monkeypatch, tmp_path):
     need_demo()
     right = compare.run_packed
@@ -136,6 +172,8 @@ def test_the_default_is_the_first_framework_that_is_installed(monkeypatch):
     [
         (["--backend", "tensorfolw"], "--backend: got 'tensorfolw'; needs one of torch, jax, mlx, numpy"),
         (["--backend", "cupy"], "--backend: got 'cupy'; needs one of"),
+        (["--hf", "--backend", "jax"], "--backend: got 'jax' beside --hf; transformers runs on torch"),
+        (["--hf", "--backend", "tensorfolw"], "--backend: got 'tensorfolw' beside --hf; transformers runs on torch"),
         (["--texts", "0"], "--texts: got '0'; needs 'all' or an integer of 1 or more"),
         (["--texts", "-3"], "--texts: got '-3'; needs 'all' or"),
         (["--texts", "many"], "--texts: got 'many'; needs 'all' or"),

