@@ -1,4 +1,4 @@
-"""Benchmarks: ``python benchmarks/run.py core``, ``cpu``, ``jax``, ``cuda``, ``data`` or ``huggingface`` prints a table.
+"""Benchmarks: ``python benchmarks/run.py PART`` prints a table.
 
 It is saved in ``benchmarks/results/``, from where ``docs/benchmarks.md`` is made; with ``--document`` the page is made again
 without measuring.
@@ -15,6 +15,7 @@ from typing import Any
 
 import bench_data
 import cuda_table
+import huggingface_table
 import measure
 
 DEVICE = "cpu-2-cores"
@@ -30,17 +31,27 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="+", help="only batches of so many sequences; nothing is saved")
     parser.add_argument("--remark", default="", help="kept with the results: what else ran on the machine, say")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
-    parser.add_argument("--busy", action="store_true", help="cpu and jax: processor time, for a machine that is shared")
+    parser.add_argument(
+        "--busy", action="store_true", help="cpu, jax and huggingface: processor time, for a machine that is shared"
+    )
     if "cuda" in sys.argv[1:]:
         import bench_cuda
 
         bench_cuda.add_arguments(parser)
+    if "huggingface" in sys.argv[1:]:
+        import bench_huggingface
+
+        bench_huggingface.add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.document:
         PAGE.write_text(page())
         return
     if arguments.part == "cuda":
         bench_cuda.main(arguments, cuda_table.table)
+        return
+    if arguments.part == "huggingface":
+        if bench_huggingface.main(arguments, huggingface_table.table):
+            PAGE.write_text(page())
         return
     facts: dict[str, Any] = {"remark": arguments.remark} if arguments.remark else {}
     if arguments.part in ("cpu", "jax"):
@@ -56,10 +67,6 @@ def main() -> None:
     elif arguments.part == "data":
         packages = bench_data.PACKAGES
         rows = bench_data.rows(tuple(arguments.sequences or bench_data.SIZES), arguments.seconds)
-    elif arguments.part == "huggingface":
-        import bench_huggingface
-
-        packages, rows = bench_huggingface.PACKAGES, bench_huggingface.rows(arguments.seconds)
     else:
         import bench_core
 
@@ -146,7 +153,7 @@ TABLES = {
     "jax": table,
     "cuda": cuda_table.table,
     "data": bench_data.table,
-    "huggingface": bench_data.table,
+    "huggingface": huggingface_table.table,
 }
 
 if __name__ == "__main__":

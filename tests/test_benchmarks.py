@@ -18,7 +18,7 @@ def run(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    for name in ("measure", "bench_data"):
+    for name in ("measure", "bench_data", "cuda_table", "huggingface_table"):
         sys.modules.pop(name, None)
 
 
@@ -33,6 +33,35 @@ def test_every_row_has_what_it_measured(run):
             assert measured["changed"] is False
             assert measured["versions"]["scree"]
             assert all(row.get("left_out") or row["ms"] >= 0 for row in measured["rows"])
+
+
+def test_the_table_of_models_says_what_is_met_left_out_and_leaks(run):
+    def row(impl, ms, places, leaks=False, **others):
+        times = {"ms": ms, "low": ms, "high": ms, "rounds": 3, "peak": 2 * 10**9}
+        return {"op": "forward", "work": "w", "impl": impl, "tokens": 100, "places": places, "err": 1e-7} | (
+            {"leaks": leaks, **times, **others}
+        )
+
+    def drawn(ours):
+        rows = [row("scree packed", ours, 100), row("padded sdpa", 4000.0, 400), row("packed sdpa", 900.0, 100, True)]
+        rows.append(
+            {k: v for k, v in row("padded eager", 1.0, 400).items() if k != "ms"} | {"left_out": "out of memory"}
+        )
+        rows += [
+            {"op": "collate", "work": "c", "impl": name, "ms": ms, "low": ms, "high": ms}
+            for name, ms in (("ours", 1.0), ("theirs", 4.0))
+        ]
+        measured = {"versions": {}, "changed": False, "device": "", "system": "", "commit": "c", "rows": rows}
+        return run.TABLES["huggingface"](measured | {"goal": 0.9, "clock": "process_time"})
+
+    table = drawn(1111.0)
+    assert "Medians of interleaved rounds, processor time." in table
+    assert "| 1.111 | 1.111 to 1.111 | 90 | 2.00 GB | 100 | 1e-07 | 3.60 | 3.60 met |" in table
+    assert "| 3.59 | 3.60 missed |" in drawn(1114.0)
+    assert "| padded sdpa | 4.000 | 4.000 to 4.000 | 25 | 2.00 GB | 400 | 1e-07 | 1.00 |  |" in table
+    assert "| 1e-07 leaks | 4.44 |  |" in table
+    assert "| padded eager | left out: out of memory |" in table
+    assert "| c | theirs | 4.000 ms | 4.000 to 4.000 ms | 4.00 |" in table
 
 
 def test_the_table_says_when_a_goal_is_missed(run):

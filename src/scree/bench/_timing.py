@@ -17,8 +17,9 @@ def interleaved(
     seconds: float,
     most: int = 1001,
     clock: Callable[[], float] = time.perf_counter,
+    least: int = 5,
 ) -> dict[str, dict[str, Any]]:
-    """Run every contender once a round until the time is spent; give the median and the quartiles in ms.
+    """Run every contender once a round, `least` rounds or more, as the time allows; give medians and quartiles in ms.
 
     Each round has an order of its own, so that none always finds the caches and the memory that the same other one
     left. Results are freed outside of the timed span, before the next contender runs, and garbage is collected before the
@@ -26,7 +27,7 @@ def interleaved(
     computed, waiting left out.
     """
     spent = {name: _seconds(run, time.perf_counter) for name, run in contenders.items()}  # warms up, and is not counted
-    rounds = max(5, min(most, int(seconds / sum(spent.values()))))
+    rounds = max(least, min(most, int(seconds / sum(spent.values()))))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     gc.collect()
     gc.disable()
