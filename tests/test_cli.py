@@ -12,7 +12,7 @@ import pytest
 import scree
 from scree._backends import FRAMEWORKS
 from scree.kernels import triton
-from scree.kernels._dispatch import TABLE, Impl
+from scree.kernels._dispatch import _MODULES, TABLE, Impl
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -299,6 +299,7 @@ def test_doctor_says_why_an_implementation_does_not_serve(monkeypatch):
 
 def test_doctor_names_the_implementation_and_why_not_the_others(monkeypatch):
     fast = Impl("fast", ".fast", backends=("torch",), devices=("cuda",), dtypes=("float32",))
+    monkeypatch.setitem(_MODULES, fast.module, SimpleNamespace())  # PyTorch, if it is loaded here first, imports it
     monkeypatch.setitem(TABLE, "varlen_softmax", (fast, TABLE["varlen_softmax"][-1]))
     (place,) = _doctor._numpy()
     chosen, against = _doctor.answer("varlen_softmax", place.array)

@@ -11,7 +11,14 @@ from scree.kernels._dispatch import TABLE
 from test_compilers import need
 
 NAMES = ("torch_varlen", "fa3", "fa4")
-DEFAULTS = {"scale": 0.25, "window_size": (None, None), "softcap": None, "sinks": None, "return_lse": False}
+DEFAULTS = {
+    "scale": 0.25,
+    "window_size": (None, None),
+    "softcap": None,
+    "sinks": None,
+    "return_lse": False,
+    "deterministic": True,
+}
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ def refusal(
     softcap: float | None,
     sinks: Tensor | None,
     return_lse: bool,
+    deterministic: bool,
 ) -> str | None:
     """Say what speaks against a call for all of them, from metadata alone."""
     if sinks is not None:

@@ -48,6 +48,7 @@ def varlen_attention(
     softcap: float | None,
     sinks: Tensor | None,
     return_lse: bool,
+    deterministic: bool,
 ) -> Array:
     """Compute `scree.kernels.varlen_attention` by FlashAttention-3."""
     left, right = window(causal, window_size, -1)

@@ -48,6 +48,7 @@ def varlen_attention(
     softcap: float | None,
     sinks: Tensor | None,
     return_lse: bool,
+    deterministic: bool,
 ) -> Array:
     """Compute `scree.kernels.varlen_attention` by FlashAttention-4."""
     left, right = window(causal, window_size, None)

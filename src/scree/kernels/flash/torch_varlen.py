@@ -47,6 +47,7 @@ def varlen_attention(
     softcap: float | None,
     sinks: Tensor | None,
     return_lse: bool,
+    deterministic: bool,
 ) -> Array:
     """Compute `scree.kernels.varlen_attention` by PyTorch's own kernel."""
     function, parameters = _function()
