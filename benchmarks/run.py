@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument(
         "--busy", action="store_true", help="cpu, jax and huggingface: processor time, for a machine that is shared"
     )
-    if "cuda" in sys.argv[1:]:
+    if "cuda" in sys.argv[1:2]:
         import bench_cuda
 
         bench_cuda.add_arguments(parser)
