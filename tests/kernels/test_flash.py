@@ -39,7 +39,7 @@ def room(request, th, monkeypatch):
     return module
 
 
-def arrays(th, features=(4, 16), key_features=None, lengths=(3, 2)):
+def arrays(th, features=(4, 64), key_features=None, lengths=(3, 2)):
     q = batch(th, lengths, features, dtype="float16")
     k = batch(th, lengths, key_features or features, dtype="float16")
     return q, k, k
@@ -115,11 +115,20 @@ def test_head_dims(th, room, width):
     assert f"its head_dim is a multiple of 8 up to 256, q has {width}" in why_not(room, arrays(th, (2, width)))
 
 
+def test_head_dims_at_which_it_is_wrong(th, monkeypatch):
+    from scree.kernels.flash import fa4
+
+    monkeypatch.setattr(fa4, "_KEPT", {"function": print})
+    monkeypatch.setattr(th.module.cuda, "get_device_capability", lambda device: (9, 0))
+    assert why_not(fa4, arrays(th, (2, 192))) is None
+    assert "it serves (64, 128, 192, 256) here, q has 72" in why_not(fa4, arrays(th, (2, 72)))
+
+
 def test_the_values_own_head_dim(th, room):
     q, k, _ = arrays(th, (2, 64))
     v = k.with_values(th.module.zeros(5, 2, 128, dtype=th.module.float16))
     against = why_not(room, (q, k, v))
-    assert against == (None if room.__name__.endswith("fa4") else "q and v need the same head_dim, got 64 and 128")
+    assert against == "q and v need the same head_dim, got 64 and 128"
 
 
 def test_nothing_to_compute_and_spare_memory(th, room):

@@ -49,13 +49,13 @@ def refusal(
     return None
 
 
-def head_dims(q: Array, v: Array, most: int, *, equal: bool) -> str | None:
+def head_dims(q: Array, v: Array, most: int) -> str | None:
     """Say what speaks against the head dims."""
     dim, v_dim = q.values.shape[2], v.values.shape[2]
     for name, width in (("q", dim), ("v", v_dim)):
         if width % 8 or not 8 <= width <= most:
             return f"its head_dim is a multiple of 8 up to {most}, {name} has {width}"
-    if equal and dim != v_dim:
+    if dim != v_dim:
         return f"q and v need the same head_dim, got {dim} and {v_dim}"
     return None
 

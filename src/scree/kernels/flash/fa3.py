@@ -27,7 +27,7 @@ def _function() -> Any:
 
 def why_not(op: str, q: Array, k: Array, v: Array, causal: bool = False, **options: Any) -> str | None:
     """Say what speaks against computing this call here."""
-    against = head_dims(q, v, _WIDEST, equal=True) or refusal(q, k, v, causal, **options)
+    against = head_dims(q, v, _WIDEST) or refusal(q, k, v, causal, **options)
     if against is not None:
         return against
     major, minor = torch.cuda.get_device_capability(q.values.device)

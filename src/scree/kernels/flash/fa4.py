@@ -12,6 +12,7 @@ from ..._array import Array
 from ._limits import arguments, head_dims, output, refusal, window
 
 _WIDEST = {9: 256, 10: 128, 11: 128}  # major capability -> head dim
+_TESTED = (64, 128, 192, 256)
 _KEPT: dict[str, Any] = {}
 
 
@@ -27,14 +28,16 @@ def _function() -> Any:
 
 def why_not(op: str, q: Array, k: Array, v: Array, causal: bool = False, **options: Any) -> str | None:
     """Say what speaks against computing this call here."""
-    against = refusal(q, k, v, causal, **options) or head_dims(q, v, max(_WIDEST.values()), equal=False)
+    against = refusal(q, k, v, causal, **options) or head_dims(q, v, max(_WIDEST.values()))
     if against is not None:
         return against
+    if (width := q.values.shape[2]) not in _TESTED:
+        return f"its gradients are wrong at some head dims (8 and 72, say); it serves {_TESTED} here, q has {width}"
     major, minor = torch.cuda.get_device_capability(q.values.device)
     if major not in _WIDEST:
         return f"it is for sm_90, sm_100 and sm_110, this device is sm_{major}{minor}"
     function = _function()
-    return function if isinstance(function, str) else head_dims(q, v, _WIDEST[major], equal=False)
+    return function if isinstance(function, str) else head_dims(q, v, _WIDEST[major])
 
 
 def varlen_attention(

@@ -33,7 +33,7 @@ def why_not(op: str, q: Array, k: Array, v: Array, causal: bool = False, **optio
         return "needs torch.nn.attention.varlen.varlen_attn with windows, of PyTorch 2.11 or newer"
     if options["softcap"] is not None:
         return "it takes no softcap"
-    return head_dims(q, v, _WIDEST, equal=True) or refusal(q, k, v, causal, **options)
+    return head_dims(q, v, _WIDEST) or refusal(q, k, v, causal, **options)
 
 
 def varlen_attention(

@@ -65,6 +65,9 @@ def longer(x: Array, axis: int, size: int) -> Array:
 
 
 def safe(offsets: Array, total: int) -> Array:
-    """Offsets as int32, or int64 where the total needs it; none points outside, and none falls."""
+    """Offsets as int32, or int64 where the total needs it; none points outside, and none falls.
+
+    Behind a barrier, so that a compiler that knows them does not follow them into the loops: XLA for GPUs fails there.
+    """
     kept = jnp.clip(offsets.astype(jnp.int32 if total < 2**31 else jnp.int64), 0, total)
-    return lax.cummax(kept)
+    return lax.optimization_barrier(lax.cummax(kept))
