@@ -26,6 +26,8 @@ WIDE = tuple(
     dataclasses.replace(case, dim=width, v_dim=width, lengths=EDGES, key_lengths=keys)
     for case in ATTENTION
     if case.dim == case.v_dim
+    # of a softcap and a window with a limit to the left it has one at a time
+    and not (case.options.get("softcap") and case.options.get("window_size", (None, None))[0] is not None)
     for width in (64, 128)
     for keys in [EDGES if case.key_lengths == case.lengths else KEY_EDGES]
 )

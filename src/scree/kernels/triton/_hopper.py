@@ -79,6 +79,8 @@ def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options,
         return f"it multiplies 16-bit numbers, not {q.dtype}"
     if q.shape[2] != v.shape[2] or q.shape[2] not in CONFIGS:
         return f"it has head dims {list(CONFIGS)}, the same of q and v, not {q.shape[2]} and {v.shape[2]}"
+    if options.left >= 0 and options.softcap > 0:
+        return "a window with a limit to the left and a softcap together take more registers than there are"
     if q.shape[0] == 0 or k.shape[0] == 0:
         return "there is no memory for the copy engine to look at"
     if not (reaches(q) and reaches(k) and reaches(v)):
