@@ -180,7 +180,7 @@ def ours() -> dict[str, Contender]:
     found = {
         f"scree {impl.name}": front_door(impl.name)
         for impl in TABLE["varlen_attention"]
-        if impl.backends is not None and "torch" in impl.backends and impl.devices is not None and not impl.on_request
+        if "torch" in (impl.backends or ()) and "cuda" in (impl.devices or ()) and not impl.on_request
     }
     if "deterministic" in _options():
         found["scree, deterministic=False"] = tensors(deterministic=False)

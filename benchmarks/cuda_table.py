@@ -38,8 +38,12 @@ def table(measured: dict[str, Any]) -> str:
             lines.append(f"| {op} | {work} | none | | | | | | | | {_list(peers)} |")
     if absent:
         lines += ["", "Left out:", ""]
-        lines += [f"- {reason} ({'; '.join(cells)})" for reason, cells in absent.items()]
+        lines += [f"- {reason} ({_rows(cells)})" for reason, cells in absent.items()]
     return "\n".join(lines)
+
+
+def _rows(cells: list[str]) -> str:
+    return cells[0] if len(cells) == 1 else f"{len(cells)} rows, the first: {cells[0]}"
 
 
 def _is_ours(row: dict[str, Any]) -> bool:
