@@ -73,8 +73,11 @@ def mask(
     else:
         layout = of_keys(keys, q_length, pattern, first)
         layout.given = attention_mask is not None
-    compiled = torch.compiler.is_compiling() or isinstance(first, Tensor)  # a cache for compilers tells it as a tensor
-    return _layouts.attach_to_own(_mask_tensor.pack(keys, queries, compiled), layout)
+    # Beside a cache the model may be compiled, with the mask as an input; a model that computes with its mask was refused
+    # before, at the prompt.
+    cached = first is not None and (isinstance(first, Tensor) or first > 0 or q_length < kv_length)
+    plain = torch.compiler.is_compiling() or cached
+    return _layouts.attach_to_own(_mask_tensor.pack(keys, queries, plain), layout)
 
 
 def _pattern_of(
