@@ -3,7 +3,12 @@
 import functools
 import math
 import operator
+import os
+import shutil
+import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +17,18 @@ from hypothesis import strategies as st
 
 import scree
 from expect import raises
-from scree.data import plan_bins
+from scree.data import _fitting, _tiers, plan_bins
 
 ALGORITHMS = ("bfd", "ffd", "wrapped", "split")
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiers():
+    """The state of a process that has planned nothing yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fitting, "TIERS", _tiers.Tiers())
+        yield
 
 
 def textbook(lengths, capacity, best):
@@ -55,23 +68,26 @@ def check(plan, lengths, capacity):
     assert plan.n_split == sum(len(parts) > 1 for parts in covered.values())
 
 
+def bins_of(lengths, capacity, algo, **options):
+    """Plan, and return the bins as lists of lengths."""
+    plan = plan_bins(lengths, capacity, algo, **options)
+    check(plan, lengths, capacity)
+    return [[lengths[row] for row in bin_.tolist()] for bin_ in plan]
+
+
 @pytest.mark.parametrize(("algo", "best"), [("bfd", True), ("ffd", False)])
 @PROPERTY
 @given(data=st.data())
 def test_the_bins_are_the_textbooks(algo, best, data):
     capacity = data.draw(st.integers(1, 40))
     lengths = data.draw(st.lists(st.integers(1, capacity), max_size=60))
-    plan = plan_bins(lengths, capacity, algo)
-    check(plan, lengths, capacity)
-    got = [[lengths[row] for row in bin_.tolist()] for bin_ in plan]
-    assert got == textbook(lengths, capacity, best)
+    assert bins_of(lengths, capacity, algo) == textbook(lengths, capacity, best)
 
 
 @pytest.mark.parametrize("algo", ["bfd", "ffd"])
 def test_the_bins_are_the_textbooks_on_many_lengths(algo):
     lengths = np.clip(np.random.default_rng(1).lognormal(4, 1, 1500), 1, 700).astype(int).tolist()
-    plan = plan_bins(lengths, 700, algo)
-    assert [[lengths[row] for row in bin_.tolist()] for bin_ in plan] == textbook(lengths, 700, algo == "bfd")
+    assert bins_of(lengths, 700, algo) == textbook(lengths, 700, algo == "bfd")
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
@@ -124,12 +140,10 @@ def test_a_million_lengths():
 
 def steps_of(monkeypatch, lengths, capacity, algo):
     """Return how many steps the planner took."""
-    from scree.data import _fitting
-
     taken = []
     take = _fitting.take_steps
     monkeypatch.setattr(_fitting, "take_steps", lambda *given: taken.append(take(*given)) or taken[-1])
-    plan_bins(lengths, capacity, algo)
+    plan_bins(lengths, capacity, algo, implementation="numpy")
     monkeypatch.undo()
     return len(taken[0]) // 3
 
@@ -183,15 +197,103 @@ class TestCompiled:
         plain, compiled = (plan_bins(lengths, capacity, algo, implementation=name) for name in ("numpy", "numba"))
         assert pieces_of(plain) == pieces_of(compiled)
 
+    @pytest.mark.parametrize(("algo", "best"), [("bfd", True), ("ffd", False)])
+    @PROPERTY
+    @given(data=st.data())
+    def test_the_bins_are_the_textbooks(self, algo, best, data):
+        capacity = data.draw(st.integers(1, 40))
+        lengths = data.draw(st.lists(st.integers(1, capacity), max_size=60))
+        assert bins_of(lengths, capacity, algo, implementation="numba") == textbook(lengths, capacity, best)
+
     def test_lengths_that_cannot_be_written_to(self):
         lengths = np.array([5, 3, 8, 2, 6])[::1]
         lengths.flags.writeable = False
         plans = [plan_bins(given_, 8, implementation="numba") for given_ in (lengths, lengths.repeat(2)[::2])]
         assert [[row.tolist() for row in plan] for plan in plans] == [[[2], [4, 3], [0, 1]]] * 2
 
+    @pytest.mark.parametrize("capacity", [1 << 61, 1 << 62, (1 << 63) - 1, 1 << 70])
+    def test_room_beyond_64_bits(self, capacity):
+        for lengths in ([3, 0, 5], [1 << 40, 3]):
+            plans = [plan_bins(lengths, capacity, implementation=name) for name in ("numpy", "numba")]
+            assert [[row.tolist() for row in plan] for plan in plans] == [
+                [np.argsort(np.negative(lengths), kind="stable").tolist()]
+            ] * 2
+
+    @pytest.mark.parametrize("algo", ["bfd", "ffd", "split"])
+    def test_a_process_goes_over_to_numba(self, monkeypatch, algo):
+        monkeypatch.setattr(_tiers, "COMPILE_AFTER", 100)
+        monkeypatch.setattr(_fitting, "TIERS", _tiers.Tiers())
+        lengths = np.random.default_rng(4).integers(0, 30, 60)
+        wanted = pieces_of(plan_bins(lengths, 64, algo, implementation="numpy"))
+        went_over = []
+        for _ in range(4):
+            assert pieces_of(plan_bins(lengths, 64, algo)) == wanted
+            went_over.append(_fitting.TIERS.fit is not None)
+        assert went_over == [False, False, True, True]
+        assert _fitting.TIERS.planned == 120
+
+    def test_where_numba_was_asked_for_it_is_there_for_all(self, monkeypatch):
+        monkeypatch.setattr(_fitting, "TIERS", _tiers.Tiers())
+        plan_bins([3], 8, implementation="numba")
+        monkeypatch.setattr(_fitting, "take_steps", None)
+        assert plan_bins([3, 4], 8).n_bins == 1
+
+
+PROGRAM = """
+    import resource, sys
+    import numpy as np
+    import scree
+    if "full" in sys.argv:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))  # as on a disk without room
+    plan = scree.data.plan_bins(np.array([5, 3, 8, 2, 6]), 8, implementation="numba")
+    from scree.data import _fitting_numba
+    hits = _fitting_numba.fit.stats.cache_hits
+    print(scree.__file__, [row.tolist() for row in plan] == [[2], [4, 3], [0, 1]], sum(hits.values()))
+"""
+
+
+@pytest.mark.engines
+def test_compiled_code_is_kept_where_the_package_cannot_be_written_to(tmp_path):
+    package = tmp_path / "site" / "scree"
+    shutil.copytree(Path(scree.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "data" / "__pycache__").touch()  # a file where the folder should be: not even root can write into it
+
+    def run(home, *arguments):
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "PYTHONPATH")
+        }
+        told = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(PROGRAM), *arguments], capture_output=True, text=True, timeout=180,
+            env=environment | {"PYTHONPATH": str(tmp_path / "site"), "HOME": str(home), "XDG_CACHE_HOME": f"{home}/cache"},
+        )  # fmt: skip
+        assert told.returncode == 0, told.stderr
+        file, right, hits = told.stdout.split()
+        assert (Path(file).parent, right) == (package, "True")
+        return int(hits)
+
+    home = tmp_path / "home"
+    assert run(home, "full") == 0
+    assert not list(home.rglob("*.nbc"))
+    assert [run(home), run(home)] == [0, 1]
+    assert list((home / "cache" / "numba").rglob("*.nbc"))
+    assert run("/dev/null") == 0
+
+
+def test_without_numba_the_process_stays_with_numpy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(_tiers, "COMPILE_AFTER", 5)
+    monkeypatch.setattr(_fitting, "TIERS", _tiers.Tiers())
+    tried = []
+    ask = _tiers.compiled
+    monkeypatch.setattr(_tiers, "compiled", lambda: tried.append(1) or ask())
+    for _ in range(4):
+        assert plan_bins([3, 4, 5], 8).n_bins == 2
+    assert len(tried) == 1
+
 
 def test_compiled_without_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(_fitting, "TIERS", _tiers.Tiers())
     with raises(ImportError, "plan_bins: needs numba", 'pip install "scree[numba]"'):
         plan_bins([3], 8, implementation="numba")
     with raises(ValueError, "implementation: got 'c'; needs one of 'numpy', 'numba'"):

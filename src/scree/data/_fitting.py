@@ -12,18 +12,20 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from heapq import heappop, heappush
-from importlib import import_module
+from heapq import heappop, heappush, heapreplace
+from typing import Literal
 
 import numpy as np
 
 from .._backends._protocol import HostInts
+from ._tiers import TIERS
 
 _COUNTED = 1 << 20  # below this length the compiled steps sort by counting
+_ADDED = 1 << 62  # below this capacity they add in 64 bits
 
 
 def fit_decreasing(
-    lengths: HostInts, longest: int, capacity: int, best: bool, compiled: bool
+    lengths: HostInts, longest: int, capacity: int, best: bool, implementation: Literal["numpy", "numba"] | None
 ) -> tuple[HostInts, HostInts]:
     """Put the longest first, each into the bin with the least room that suffices (`best`) or the first with room enough.
 
@@ -34,15 +36,26 @@ def fit_decreasing(
     -------
     members : array of (N,), int64
         The sequences, bin after bin, in the order in which they came into it.
-    fill : array of (n_bins,), int64
-        How many are in each bin.
+    offsets : array of (n_bins + 1,), int64
+        Where in them each bin begins.
+
+    Raises
+    ------
+    ImportError
+        numba is asked for, and is missing.
     """
+    served = longest < _COUNTED and capacity < _ADDED
+    fit = TIERS.choose(len(lengths) if served else 0, implementation)
     if len(lengths) == 0:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    if compiled and longest < _COUNTED:
-        plain = lengths.flags.c_contiguous and lengths.flags.writeable  # others would be compiled for once more
-        fit = import_module("._fitting_numba", __package__).fit
-        return fit(lengths if plain else lengths.copy(), longest, capacity, best)
+        return np.zeros(0, np.int64), np.zeros(1, np.int64)
+    if fit is None or not served:
+        return fit_by_numpy(lengths, longest, capacity, best)
+    plain = lengths.flags.c_contiguous and lengths.flags.writeable  # others would be compiled for once more
+    return fit(lengths if plain else lengths.copy(), longest, capacity, best)
+
+
+def fit_by_numpy(lengths: HostInts, longest: int, capacity: int, best: bool) -> tuple[HostInts, HostInts]:
+    """Do what `fit_decreasing` does, for one sequence or more: sort, take the steps, put the sequences in their bins."""
     order = stable_order(longest - lengths, longest)
     sizes = lengths[order]
     is_last = np.empty(len(sizes), np.bool_)  # of a length
@@ -65,67 +78,70 @@ def fit_decreasing(
     moved = each[by_bin]
     shift = (each.cumsum() - each)[by_bin] - (moved.cumsum() - moved)
     members = order[np.repeat(shift, moved) + np.arange(len(order))]
-    return members, np.bincount(first, each).astype(np.int64)  # float64 on the way, exact below 2**53
+    fill = np.bincount(first, each)  # float64, exact below 2**53
+    offsets = np.zeros(len(fill) + 1, np.int64)
+    fill.cumsum(out=offsets[1:], dtype=np.int64)
+    return members, offsets
 
 
 def take_steps(
     falling: Sequence[int], rising: Sequence[int], ends: Sequence[int], totals: Sequence[int], capacity: int, best: bool
 ) -> list[int]:
-    """Fill bins with sequences of falling distinct lengths; the same code runs as it is and compiled by numba.
+    """Fill bins with sequences of falling distinct lengths.
 
     `rising` are the lengths below zero; `ends` and `totals` the sequences and the tokens up to and with each length.
     Returns triples, end to end, in the order of the sequences: the first bin of a group, how many bins, how many
     sequences into each.
     """
-    # Numba learns from a list what it holds.
-    able = [(0, 0, 0, 0)]  # (what is asked first, first bin, bins, room): hold the length at hand
-    later = [(0, 0, 0)]  # (-room, first bin, bins): hold shorter ones
-    steps = [0]
-    able.clear()
-    later.clear()
-    steps.clear()
+    able: list[tuple[int, int, int, int]] = []  # (what is asked first, first bin, bins, room): hold the length at hand
+    later: list[tuple[int, int, int]] = []  # (-room, first bin, bins): hold shorter ones
+    steps: list[int] = []
     end = len(falling) - (falling[-1] == 0)
     shortest = falling[end - 1]
     n_bins = at = done = placed = 0
     while at < end:
-        length = falling[at]
-        while len(later) > 0 and later[0][0] <= -length:
+        below = rising[at]
+        while later and later[0][0] <= below:
             negative, first, count = heappop(later)
             heappush(able, (-negative if best else first, first, count, -negative))
         left = ends[at] - placed
-        if len(able) > 0:
-            _, first, count, room = heappop(able)
-        else:
+        opened = not able
+        if opened:
             first, room = n_bins, capacity
-            count = -(-left // (room // length))
+            count = -(-left // (room // falling[at]))
             n_bins += count
-        each = room // length
+        else:
+            _, first, count, room = able[0]
+        each = room // falling[at]
         if left > each:  # of one length, into bins that are alike
             full = min(count, left // each)
-            steps.extend((first, full, each))
             placed += full * each
-            done += full * each * length
-            spare = room - each * length
+            done += full * each * falling[at]
+            spare = room - each * falling[at]
             at += left == full * each
         else:  # into one bin, until the next one does not fit, or until another bin has its turn
             full, before, limit, turn = 1, placed, done + room, end
-            if len(later) > 0:
-                turn = bisect_left(rising, later[0][0], at + 1, end)
-            at = bisect_right(totals, limit, at + 1, end)
-            if turn <= at:
-                at = turn
-                placed, done = ends[at - 1], totals[at - 1]
-            else:
-                part = (limit - totals[at - 1]) // falling[at]
-                placed, done = ends[at - 1] + part, totals[at - 1] + part * falling[at]
-            steps.extend((first, 1, placed - before))
-            spare = limit - done
+            at += 1
+            if later:
+                turn = bisect_left(rising, later[0][0], at, end)
+            at = bisect_right(totals, limit, at, turn)
+            placed, done = ends[at - 1], totals[at - 1]
+            if at < turn:
+                part = (limit - done) // falling[at]
+                placed += part
+                done += part * falling[at]
+            each, spare = placed - before, limit - done
+        steps += (first, full, each)
+        if full == count:
+            if not opened:
+                heappop(able)
+        else:
+            rest = (room if best else first + full, first + full, count - full, room)
+            heappush(able, rest) if opened else heapreplace(able, rest)
         if spare >= shortest:
             heappush(later, (-spare, first, full))
-        if full < count:
-            heappush(able, (room if best else first + full, first + full, count - full, room))
     if end < len(falling):
-        steps.extend((0, 1, ends[end] - placed))
+        steps += (0, 1, ends[end] - placed)
     return steps
 
 

@@ -16,7 +16,6 @@ from .._array import Array, expect_array, from_host_offsets
 from .._backends import Dense, find_backend, load
 from .._backends._protocol import HostInts
 from .._rows import numbers
-from ..bridges._handover import library
 from ._fitting import fit_decreasing
 
 ALGORITHMS = ("bfd", "ffd", "wrapped", "split")
@@ -165,7 +164,7 @@ def plan_bins(
     seed: int | None = None,
     *,
     too_long: Literal["error", "split", "drop"] | None = None,
-    implementation: Literal["numpy", "numba"] = "numpy",
+    implementation: Literal["numpy", "numba"] | None = None,
 ) -> Plan:
     """Plan which sequences share a bin of `capacity` tokens.
 
@@ -187,9 +186,11 @@ def plan_bins(
     too_long : str, optional
         What is done with a sequence above the capacity: ``"error"`` (as ``"bfd"`` and ``"ffd"`` do unless said),
         ``"split"`` (as the other two do) or ``"drop"``. What was cut or dropped is counted in the `Plan`.
-    implementation : str, optional
-        ``"numba"`` takes the same steps to the same bins, compiled: worth it for many plans of thousands of sequences
-        each. The first plan on a machine waits for the compiler, the first of a process for what it left on disk.
+    implementation : "numpy" or "numba", optional
+        Both give the same bins; compiled, a plan of thousands takes a fraction of the time. Unless said, NumPy plans until
+        this process has planned ten million sequences, and then numba does where it is installed, or at once where
+        something asked for it before: one plan never waits for the compiler. That takes seconds once on a machine, and less
+        than one in later processes, which find on disk what it left.
 
     Returns
     -------
@@ -223,10 +224,8 @@ def plan_bins(
     if too_long is None:
         too_long = "split" if algo in ("split", "wrapped") else "error"
     one_of("too_long", too_long, TOO_LONG)
-    one_of("implementation", implementation, IMPLEMENTATIONS)
-    compiled = implementation == "numba"
-    if compiled:
-        library("plan_bins", "numba", "numba")
+    if implementation is not None:
+        one_of("implementation", implementation, IMPLEMENTATIONS)
     rows = None if seed is None else generator(seed).permutation(len(sizes))  # None: all, as they come
     dropped = np.zeros(0, np.int64)
     longest = int(sizes.max(initial=0))
@@ -245,13 +244,14 @@ def plan_bins(
     parts, starts = sizes if rows is None else sizes[rows], None  # None: each from its beginning
     if algo == "wrapped":
         rows, starts, parts, bins = _cut(rows, parts, room, joined=True)
-        members, fill = np.arange(len(rows)), np.bincount(bins)
+        members, offsets = np.arange(len(rows)), _offsets.from_lengths(np.bincount(bins))
     else:
         if longest > room:
             rows, starts, parts, _ = _cut(rows, parts, room, joined=False)
-        members, fill = fit_decreasing(parts, min(longest, room), room, algo != "ffd", compiled)
-    offsets = _offsets.from_lengths(fill)
+        members, offsets = fit_decreasing(parts, min(longest, room), room, algo != "ffd", implementation)
+    offsets = _offsets.narrow(offsets)
     if seed is not None:
+        fill = np.diff(offsets)
         chosen = np.argsort(generator(seed + 1).permutation(len(fill)))
         begins, offsets = offsets[chosen], _offsets.from_lengths(fill[chosen])
         members = members[_offsets.gather_index(begins, offsets)]
