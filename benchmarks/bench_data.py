@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,37 +25,56 @@ CAPACITY = 2048
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 _QUADRATIC_UP_TO = 10_000  # lengths: binpacking looks at every bin for every one
 _PACKED_UP_TO = 100_000  # sequences: TRL takes minutes beyond
-_LONG = 20.0  # seconds
+_SHORT, _LONG = 0.02, 20.0  # seconds
 _CORPUS_BYTES = 10 * 10**9
-_TEXTS, _FILES = 120_000, 24
+_TEXTS = {"small": 40_000, "large": 400_000}
+_BLOCK = 5_000  # texts
+SECONDS = 2.0  # for each line of the table, unless said
+PARTS = ("plan", "pack", "collate", "open", "engines")
+HOW = (
+    "Medians. What compiles is warm: axolotl's planner was called once, and plan_bins until it went over to numba by itself "
+    '(`implementation="numpy"` never does). Ray\'s cluster is started before `scree.data.ray.pack` is timed (its start has a '
+    "row of its own), and its workers are warm; `datasets.map` forks its processes within what is timed. Both read, tokenise "
+    "in Python and write: Ray from Parquet to compressed Parquet, datasets from Arrow to Arrow."
+)
 
 
-def rows(sizes: tuple[int, ...], seconds: float) -> Iterator[dict[str, Any]]:
-    """Measure everything; give one row a contender."""
-    for n in sizes:
-        yield from _planning(n, seconds)
-        if n <= _PACKED_UP_TO:
-            yield from _packing(n, seconds)
-    for mean in (4, 6):
-        yield from _collating(mean, seconds)
-    yield from _opening()
-    yield from _engines()
+def rows(sizes: tuple[int, ...], seconds: float, parts: tuple[str, ...] = PARTS) -> Iterator[dict[str, Any]]:
+    """Measure everything, or some parts; give one row a contender."""
+    if "plan" in parts:
+        yield from _compiling()
+        for n in sizes:
+            yield from _planning(n, seconds)
+    if "pack" in parts:
+        for n in sizes:
+            if n <= _PACKED_UP_TO:
+                yield from _packing(n, seconds)
+    if "collate" in parts:
+        for mean in (4, 6):
+            yield from _collating(mean, seconds)
+    if "open" in parts:
+        yield from _opening()
+    if "engines" in parts:
+        yield from _engines()
 
 
 def _lengths(n: int) -> Any:
     return np.clip(np.random.default_rng(0).lognormal(4, 1, n), 1, CAPACITY).astype(np.int64)
 
 
-def _timed(contenders: dict[str, Callable[[], Any]], seconds: float) -> dict[str, dict[str, Any]]:
+def _timed(contenders: dict[str, Callable[[], Any]], seconds: float, least: int = 1) -> dict[str, dict[str, Any]]:
     """The median and the quartiles in ms, the contenders in turn: as many rounds as the time allows, and three at least.
 
-    Where a round takes longer than `_LONG`, it is one.
+    Where a round takes longer than `_LONG`, it is as many as `least`. What takes less than `_SHORT` is called once more,
+    before it is timed, so that the caches hold its own data and not that of the contender before it.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     gc.collect()
     begun, spent, rounds = time.perf_counter(), 0.0, 0
-    while rounds < (3 if spent < _LONG else 1) or (spent < seconds * len(contenders) and rounds < 1001):
+    while rounds < (3 if spent < _LONG else least) or (spent < seconds * len(contenders) and rounds < 1001):
         for name, run in contenders.items():
+            if times[name] and times[name][-1] < _SHORT:
+                run()
             started = time.perf_counter()
             result = run()
             times[name].append(time.perf_counter() - started)
@@ -87,12 +108,52 @@ def _check_bins(bins: list[Any], lengths: Any) -> str:
     return f"{len(bins):,} bins, {lengths.sum() / (len(bins) * CAPACITY):.4f}"
 
 
+_COMPILE = """
+import time, sys
+import numpy as np
+import scree.data
+lengths = np.array([3, 2, 1])
+scree.data.plan_bins(lengths, 8)
+begun = time.perf_counter()
+scree.data.plan_bins(lengths, 8, implementation="numba")
+print(time.perf_counter() - begun)
+"""
+
+
+def _compiling() -> Iterator[dict[str, Any]]:
+    """What it costs a process to go over to numba: the first one on a machine, and later ones."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def started() -> float:
+            told = subprocess.run(
+                [sys.executable, "-c", _COMPILE], env=os.environ | {"NUMBA_CACHE_DIR": folder},
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            return float(told.stdout)
+
+        first, *later = (started() for _ in range(4))
+    found = {"scree, compiling": _summary([first]), "scree, from what numba left on disk": _summary(later)}
+    yield from _rows("go over to numba", "once a process, with the import of numba", found, {})
+
+
+def _tiered_up() -> None:
+    """Plan until `plan_bins` has gone over to numba, as it does in a process that plans much."""
+    from scree.data import _fitting, plan_bins
+
+    lengths = _lengths(1_000_000)
+    while _fitting.TIERS.fit is None:
+        if _fitting.TIERS.failed:
+            raise SystemExit("numba cannot be had")
+        plan_bins(lengths, CAPACITY)
+
+
 def _planning(n: int, seconds: float) -> Iterator[dict[str, Any]]:
     from axolotl.utils.samplers.multipack import pack_parallel
     from binpacking import to_constant_volume
 
     from scree.data import plan_bins
 
+    _tiered_up()
     lengths = _lengths(n)
     falling = np.argsort(-lengths, kind="stable")  # pack_parallel is first fit in the order that it is given
 
@@ -101,9 +162,10 @@ def _planning(n: int, seconds: float) -> Iterator[dict[str, Any]]:
 
     contenders: dict[str, Callable[[], Any]] = {
         "scree bfd": lambda: plan_bins(lengths, CAPACITY),
-        "scree bfd, numba": lambda: plan_bins(lengths, CAPACITY, implementation="numba"),
+        "scree bfd, implementation='numba'": lambda: plan_bins(lengths, CAPACITY, implementation="numba"),
+        "scree bfd, implementation='numpy'": lambda: plan_bins(lengths, CAPACITY, implementation="numpy"),
         "scree ffd": lambda: plan_bins(lengths, CAPACITY, "ffd"),
-        "scree ffd, numba": lambda: plan_bins(lengths, CAPACITY, "ffd", implementation="numba"),
+        "scree ffd, implementation='numpy'": lambda: plan_bins(lengths, CAPACITY, "ffd", implementation="numpy"),
         "axolotl": axolotl,
         "axolotl, sorted": lambda: axolotl(lengths[falling]),
     }
@@ -226,70 +288,98 @@ def _numbered(texts: list[str]) -> list[Any]:
     return [np.array([known.setdefault(word, len(known)) for word in text.split()], np.int32) for text in texts]
 
 
+def _corpus(n: int, folder: Path) -> Any:
+    """Write `n` texts to Parquet files of `_BLOCK`; return their lengths in words."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng, words = np.random.default_rng(0), np.array([f"word{i}" for i in range(5000)])
+    lengths = _lengths(n)
+    folder.mkdir()
+    for i in range(0, n, _BLOCK):
+        part = lengths[i : i + _BLOCK]
+        texts = np.split(words[rng.integers(0, len(words), int(part.sum()))], np.cumsum(part)[:-1])
+        pq.write_table(pa.table({"text": [" ".join(text) for text in texts]}), folder / f"{i:07}.parquet")
+    return lengths
+
+
 def _engines() -> Iterator[dict[str, Any]]:
     """Tokenise and pack texts from Parquet files: on Ray's workers, and in the processes of datasets' `map`."""
     import datasets
-    import pyarrow as pa
+    import ray
+
+    datasets.disable_progress_bars()
+    begun = time.perf_counter()
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=1_000_000_000)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    started = {"ray.init(num_cpus=2)": _summary([time.perf_counter() - begun])}
+    yield from _rows("start a cluster", "on this machine", started, {})
+    with tempfile.TemporaryDirectory() as folder:
+        for size, n in _TEXTS.items():
+            yield from _on_engines(size, n, Path(folder))
+    ray.shutdown()
+
+
+def _on_engines(size: str, n: int, folder: Path) -> Iterator[dict[str, Any]]:
+    import datasets
     import pyarrow.compute
-    import pyarrow.parquet as pq
     import ray
 
     from scree.data import pack_table
     from scree.data.ray import pack
 
-    datasets.disable_progress_bars()
-    rng, words = np.random.default_rng(0), np.array([f"word{i}" for i in range(5000)])
-    lengths = _lengths(_TEXTS)
-    texts = np.split(words[rng.integers(0, len(words), int(lengths.sum()))], np.cumsum(lengths)[:-1])
-    block = _TEXTS // _FILES
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=500_000_000)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "source"
-        source.mkdir()
-        for i in range(_FILES):
-            rows_of = [" ".join(text) for text in texts[i * block : (i + 1) * block]]
-            pq.write_table(pa.table({"text": rows_of}), source / f"{i:02}.parquet")
-        given = datasets.load_dataset(str(source), split="train", cache_dir=f"{folder}/cache").with_format("arrow")
-        packing = {"column": "text", "capacity": CAPACITY, "tokenize": _numbered}
+    source = folder / size
+    lengths = _corpus(n, source)
+    given = datasets.load_dataset(str(source), split="train", cache_dir=f"{folder}/cache").with_format("arrow")
+    packing = {"column": "text", "capacity": CAPACITY, "tokenize": _numbered}
 
-        def require(tokens: int) -> int:
-            if tokens != lengths.sum():
-                raise SystemExit("tokens were lost or doubled")
-            return tokens
+    def require(tokens: int) -> int:
+        if tokens != lengths.sum():
+            raise SystemExit("tokens were lost or doubled")
+        return tokens
 
-        def on_ray(workers: int) -> int:
-            dataset = ray.data.read_parquet(str(source))
-            dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=workers)
-            with tempfile.TemporaryDirectory(dir=folder) as out:
-                packed = pack(dataset, "text", CAPACITY, f"{out}/bins", tokenize=_numbered, batch_size=block)
-            return require(packed.tokens)
+    def on_ray(workers: int, footers: bool = False) -> int:
+        ray.data.DataContext.get_current().use_datasource_v2 = footers
+        dataset = ray.data.read_parquet(str(source))
+        dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=workers)
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            packed = pack(dataset, "text", CAPACITY, f"{out}/bins", tokenize=_numbered, batch_size=_BLOCK)
+        return require(packed.tokens)
 
-        def on_datasets(workers: int) -> int:
-            with tempfile.TemporaryDirectory(dir=folder) as out:
-                packed = given.map(
-                    pack_table, batched=True, batch_size=block, fn_kwargs=packing, remove_columns=["text"],
-                    num_proc=None if workers == 1 else workers, load_from_cache_file=False,
-                    cache_file_name=f"{out}/bins.arrow",
-                )  # fmt: skip
-                return require(len(pa.compute.list_flatten(packed.with_format("arrow")[:]["input_ids"])))
+    def on_datasets(workers: int) -> int:
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            packed = given.map(
+                pack_table, batched=True, batch_size=_BLOCK, fn_kwargs=packing, remove_columns=["text"],
+                num_proc=None if workers == 1 else workers, load_from_cache_file=False,
+                cache_file_name=f"{out}/bins.arrow",
+            )  # fmt: skip
+            return require(sum(len(pyarrow.compute.list_flatten(part["input_ids"])) for part in packed.iter(1000)))
 
-        contenders: dict[str, Callable[[], Any]] = {
-            "scree.data.ray.pack, 1 worker": lambda: on_ray(1),
-            "scree.data.ray.pack, 2 workers": lambda: on_ray(2),
-            "datasets.map(pack_table), 1 process": lambda: on_datasets(1),
-            "datasets.map(pack_table), 2 processes": lambda: on_datasets(2),
-        }
-        pack(ray.data.read_parquet(str(source / "00.parquet")), "text", CAPACITY, f"{folder}/warm", tokenize=_numbered)
-        found = _timed(contenders, 15)
-        notes = {
-            name: f"{lengths.sum() / times['ms'] / 1e3 / (1 + (' 2 ' in name)):.2f} M tokens/s per core"
-            for name, times in found.items()
-        }
-    ray.shutdown()
-    for workers, both in ((1, list(found)[::2]), (2, list(found)[1::2])):
-        work = f"{_TEXTS:,} texts, {lengths.sum():,} tokens, {_FILES} files, on {workers}"
-        yield from _rows("tokenise and pack", work, {name: found[name] for name in both}, notes)
+    contenders: dict[str, Callable[[], Any]] = {
+        "scree.data.ray.pack, 1 worker": lambda: on_ray(1),
+        "scree.data.ray.pack, 2 workers": lambda: on_ray(2),
+        "datasets.map(pack_table), 1 process": lambda: on_datasets(1),
+        "datasets.map(pack_table), 2 processes": lambda: on_datasets(2),
+    }
+    if size == "small":
+        on_ray(2)  # starts the workers
+        contenders["scree.data.ray.pack, 2 workers, with the reader that Ray takes unless told"] = lambda: on_ray(
+            2, True
+        )
+    found = _timed(contenders, 0, least=2)
+    growth = {which: found[f"{which}, 1 {one}"]["ms"] / found[f"{which}, 2 {two}"]["ms"]
+              for which, one, two in (("scree.data.ray.pack", "worker", "workers"),
+                                      ("datasets.map(pack_table)", "process", "processes"))}  # fmt: skip
+    notes = {}
+    for name, times in found.items():
+        two = ", 2 " in name
+        notes[name] = f"{lengths.sum() / times['ms'] / 1e3 / (1 + two):.2f} M tokens/s per core"
+        if two and "reader" not in name:
+            notes[name] += f", {growth[name.split(', 2 ')[0]]:.2f} times as fast as one"
+    for workers in (1, 2):
+        both = {name: times for name, times in found.items() if f", {workers} " in name}
+        work = f"{n:,} texts, {lengths.sum():,} tokens, {n // _BLOCK} files, on {workers}"
+        yield from _rows("tokenise and pack", work, both, notes)
 
 
 def table(measured: dict[str, Any]) -> str:
@@ -297,7 +387,7 @@ def table(measured: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
     changed = " with changes" if measured["changed"] else ""
     lines = [
-        f"Medians. {measured['device']}; {measured['system']}; {versions}; commit {measured['commit'][:10]}{changed}. "
+        f"{measured.get('how', 'Medians.')} {measured['device']}; {measured['system']}; {versions}; commit {measured['commit'][:10]}{changed}. "
         f"{measured.get('remark', '')}".rstrip(),
         "",
         "| operation | workload | contender | time | quartiles | result | beside the fastest peer |",

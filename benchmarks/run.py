@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("--results", default=DEVICE, metavar="NAME", help="the file in benchmarks/results")
     parser.add_argument("--sequences", type=int, nargs="+", help="only batches of so many sequences; nothing is saved")
     parser.add_argument("--remark", default="", help="kept with the results: what else ran on the machine, say")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
+    parser.add_argument("--seconds", type=float, help="for each line of the table; 4 unless said, and 2 for data")
+    parser.add_argument("--only", nargs="+", choices=bench_data.PARTS, help="data: only these; nothing is saved")
     parser.add_argument(
         "--busy", action="store_true", help="cpu, jax and huggingface: processor time, for a machine that is shared"
     )
@@ -43,6 +44,8 @@ def main() -> None:
 
         bench_huggingface.add_arguments(parser)
     arguments = parser.parse_args()
+    if arguments.seconds is None:
+        arguments.seconds = bench_data.SECONDS if arguments.part == "data" else 4.0
     if arguments.document:
         PAGE.write_text(page())
         return
@@ -65,8 +68,9 @@ def main() -> None:
         if arguments.busy:
             facts["remark"] = f"Times are of the processor, all threads together. {arguments.remark}".rstrip()
     elif arguments.part == "data":
-        packages = bench_data.PACKAGES
-        rows = bench_data.rows(tuple(arguments.sequences or bench_data.SIZES), arguments.seconds)
+        facts["how"], packages = bench_data.HOW, bench_data.PACKAGES
+        sizes, parts = tuple(arguments.sequences or bench_data.SIZES), tuple(arguments.only or bench_data.PARTS)
+        rows = bench_data.rows(sizes, arguments.seconds, parts)
     else:
         import bench_core
 
@@ -78,7 +82,7 @@ def main() -> None:
         sys.stdout.flush()
         measured["rows"].append(row)
     print(TABLES[arguments.part](measured))
-    if not arguments.sequences:
+    if not arguments.sequences and not arguments.only:
         print(f"saved to {measure.save(arguments.results, arguments.part, measured)}")
         PAGE.write_text(page())
 

@@ -26,9 +26,20 @@ def cluster():
 
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # so that the workers can import this module
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.use_datasource_v2 = False  # which starts 32 processes for every reading of Parquet
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture
+def footers(cluster):
+    """Parquet is read as Ray does unless told."""
+    context = cluster.data.DataContext.get_current()
+    context.use_datasource_v2 = True
+    yield
+    context.use_datasource_v2 = False
 
 
 def texts(n):
@@ -73,7 +84,7 @@ def names(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-def test_a_corpus_is_packed(cluster, tmp_path):
+def test_a_corpus_is_packed(cluster, footers, tmp_path):
     before = cluster.data.DataContext.get_current().execution_options.preserve_order
     dataset, tokens = corpus(cluster, tmp_path)
     done = pack(dataset, "text", 64, tmp_path / "out", tokenize=tokenize, batch_size=100)
@@ -275,6 +286,47 @@ def test_a_dataset_without_rows(cluster, tmp_path):
                                cluster.data.from_items([]))):  # fmt: skip
         done = pack(empty, "ids", 4, tmp_path / str(i))
         assert (done.rows, done.bins, done.parts, done.efficiency) == (0, 0, (), 1.0)
+
+
+def test_a_schema_that_only_a_run_would_tell_is_not_run_for(cluster, tmp_path):
+    calls = tmp_path / "calls"
+    calls.touch()
+
+    def mapped(row):
+        with calls.open("a") as file:
+            file.write(".")
+        return {"ids": row["ids"], "other": 1}
+
+    dataset = cluster.data.from_items([{"ids": [1, 2]}, {"ids": [3]}]).map(mapped)
+    assert pack(dataset, "ids", 4, tmp_path / "a").tokens == 3
+    assert len(calls.read_text()) == 2
+    with raises(ValueError, "column: got 'idz'; the dataset has 'ids', 'other'"):
+        pack(dataset, "idz", 4, tmp_path / "b")
+    assert pack(dataset, "ids", 8, tmp_path / "b").bins == 1  # nothing was written there before
+    nothing = dataset.filter(lambda row: False)
+    assert pack(nothing, "ids", 4, tmp_path / "c").parts == ()
+
+
+def test_what_one_task_reads_is_packed_by_several(cluster, footers, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["7 " * 2000] * 12_000}), tmp_path / "corpus.parquet")
+    dataset = cluster.data.read_parquet(str(tmp_path / "corpus.parquet"))
+    before = dataset.context.target_max_block_size
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+
+    def lengths(batch):
+        import ray
+
+        (tasks / ray.get_runtime_context().get_task_id()).touch()
+        return [[len(text)] for text in batch]
+
+    done = pack(dataset, "text", 1000, tmp_path / "out", tokenize=lengths, batch_size=1000)
+    assert (done.rows, done.tokens) == (12_000, 12_000)
+    assert len(names(tasks)) > 1  # of the 48 MB
+    assert dataset.context.target_max_block_size == before
 
 
 def test_bad_arguments_of_pack(cluster, tmp_path):

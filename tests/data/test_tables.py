@@ -86,6 +86,26 @@ def test_what_is_too_long_or_null_is_counted():
     assert sorted(rows_of(dropped, "ids")) == [[2], [3, 3, 3, 3]]
 
 
+@pytest.mark.parametrize("n", [0, 3])
+def test_a_block_without_one_value(n):
+    table = pa.table({"ids": pa.nulls(n)})
+    for options, output in (({}, "ids"), ({"tokenize": lambda texts: [[1] for _ in texts]}, "input_ids")):
+        packed = pack_table(table, "ids", 4, nulls="drop", **options)
+        assert packed.to_pydict() == {output: [], "lengths": []}
+        assert (counts(packed)["rows"], counts(packed)["nulls"]) == (n, n)
+
+
+def test_column_names_that_are_taken():
+    twice = pa.Table.from_arrays([pa.array([[1]]), pa.array([[2]])], names=["ids", "ids"])
+    with raises(ValueError, "pack_table: the table has several columns 'ids'; needs one"):
+        pack_table(twice, "ids", 4)
+    with raises(ValueError, "pack_table: got column 'lengths', the name of what it adds; needs another name"):
+        pack_table(pa.table({"lengths": [[1]]}), "lengths", 4)
+    assert pack_table(pa.table({"lengths": ["a"]}), "lengths", 4, tokenize=lambda texts: [[7]]).to_pydict() == {
+        "input_ids": [[7]], "lengths": [[1]]
+    }  # fmt: skip
+
+
 def test_no_rows():
     for tokenize in (None, lambda texts: pytest.fail("called without texts")):
         kind = pa.string() if tokenize else pa.list_(pa.int32())

@@ -88,7 +88,11 @@ def pack_table(
             null = int(rows.is_null().to_numpy().argmax())
             raise ValueError(f"pack_table: row {null} of {column!r} is null; needs a value, or nulls='drop'")
         rows = rows.drop_null()
+    if pa.types.is_null(rows.type):  # a block without one value has no other type
+        rows = rows.cast(pa.list_(pa.int32()) if tokenize is None else pa.string())
     if tokenize is None:
+        if column == LENGTHS:
+            raise ValueError(f"pack_table: got column {column!r}, the name of what it adds; needs another name")
         arr, output = _token_lists(rows, column), column
     else:
         arr, output = _tokenised(pa, rows, column, tokenize), "input_ids"
@@ -141,6 +145,8 @@ def _column(op: str, pa: Any, table: Any, column: str) -> Any:
     if column not in table.schema.names:
         known = ", ".join(map(repr, table.schema.names)) or "none"
         raise ValueError(f"{op}: got column {column!r}; the table has {known}")
+    if table.schema.names.count(column) > 1:
+        raise ValueError(f"{op}: the table has several columns {column!r}; needs one")
     found = table.column(column)
     return pa.chunked_array([found]) if isinstance(found, pa.Array) else found
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,9 @@ __all__ = ["Packed", "pack"]
 
 MANIFEST = "_scree.json"
 _PART, _SUFFIX = "part-", ".parquet"
+_HANDED_ON = (
+    16 << 20
+)  # bytes: Ray's reading tasks deal out their 128 MB in blocks of this size, so that all workers pack
 
 
 @dataclass(frozen=True)
@@ -129,9 +134,8 @@ def pack(
     one_of("nulls", nulls, ("error", "drop"))
     at_least_one("batch_size", batch_size)
     _require_a_free_cpu(ray)
-    schema = dataset.schema()
-    if schema is not None and column not in schema.names:
-        raise ValueError(f"column: got {column!r}; the dataset has {', '.join(map(repr, schema.names))}")
+    schema = dataset.schema(fetch_if_missing=False)  # otherwise Ray would run a part of the dataset to find out
+    _require_column(schema, column)
     folder = Path(path).absolute()
     settings = {
         "column": column, "capacity": capacity, "algo": algo, "seed": seed, "too_long": too_long, "nulls": nulls,
@@ -139,24 +143,44 @@ def pack(
     }  # fmt: skip
     _prepare(folder, settings)
     options = {name: settings[name] for name in ("algo", "seed", "too_long", "nulls")} | {"tokenize": tokenize}
+    blocks = dataset.select_columns([column]).map_batches(
+        _pack_block,
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        fn_kwargs={"folder": folder, "settings": settings, "options": options},
+    )
     done: list[dict[str, Any]] = []
-    if schema is not None:
-        blocks = dataset.select_columns([column]).map_batches(
-            _pack_block,
-            batch_size=batch_size,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            fn_kwargs={"folder": folder, "settings": settings, "options": options},
-        )
-        ordered = blocks.context.execution_options
-        before, ordered.preserve_order = ordered.preserve_order, True
+    with _streaming(blocks.context):
         try:
             done = blocks.take_all()
         except ray.exceptions.RayTaskError as failed:
-            raise _cause(failed) from failed
-        finally:
-            ordered.preserve_order = before
+            known = dataset.schema() if schema is None else schema
+            _require_column(known, column)
+            if known is not None:  # otherwise there are no rows
+                raise _cause(failed) from failed
     return _commit(folder, settings, done)
+
+
+def _require_column(schema: Any, column: str) -> None:
+    """Refuse a column that is not among those known."""
+    if schema is not None and column not in schema.names:
+        raise ValueError(f"column: got {column!r}; the dataset has {', '.join(map(repr, schema.names))}")
+
+
+@contextmanager
+def _streaming(context: Any) -> Iterator[None]:
+    """Have Ray keep the order of the rows, and hand them on before a task has read all of its own."""
+    options, ordered, size = (
+        context.execution_options,
+        context.execution_options.preserve_order,
+        context.target_max_block_size,
+    )
+    options.preserve_order, context.target_max_block_size = True, min(size or _HANDED_ON, _HANDED_ON)
+    try:
+        yield
+    finally:
+        options.preserve_order, context.target_max_block_size = ordered, size
 
 
 def _require_a_free_cpu(ray: Any) -> None:
@@ -188,9 +212,13 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
         _write_manifest(folder, {"settings": settings, "complete": False})
         return
     try:
-        known = json.loads(begun.read_bytes())["settings"]
+        told = json.loads(begun.read_bytes())
+        known, complete = told["settings"], told["complete"]
     except (ValueError, KeyError, TypeError) as wrong:
         raise ValueError(f"path: '{begun}' cannot be read ({wrong}); needs a folder that pack wrote") from wrong
+    if not complete and not any(folder.glob(f"{_PART}*")):  # the run failed before it wrote anything
+        _write_manifest(folder, {"settings": settings, "complete": False})
+        return
     for name, value in settings.items():
         if known.get(name) != value:
             raise ValueError(
