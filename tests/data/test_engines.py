@@ -307,6 +307,37 @@ def test_a_schema_that_only_a_run_would_tell_is_not_run_for(cluster, tmp_path):
     assert pack(nothing, "ids", 4, tmp_path / "c").parts == ()
 
 
+def test_packed_in_the_task_that_reads(cluster, tmp_path, monkeypatch):
+    from scree.data import ray as module
+
+    monkeypatch.setattr(module, "ROWS", 40)
+    _, tokens = corpus(cluster, tmp_path)
+    dataset = cluster.data.read_parquet(str(tmp_path / "corpus"), override_num_blocks=6)
+    done = pack(dataset, "text", 64, tmp_path / "out", tokenize=tokenize, batch_size=None)
+    assert len(done.parts) == 18  # 3 of each file of 101 rows
+    assert sorted(sequences(done.path)) == sorted(tokens)
+    again = pack(dataset, "text", 64, tmp_path / "out", tokenize=tokenize, batch_size=None)
+    assert (again.parts, again.reused, again.rows) == (done.parts, 18, len(tokens))
+
+
+@pytest.mark.parametrize("nulls", [False, True])
+def test_a_block_has_one_name_however_it_is_held(nulls):
+    import pyarrow as pa
+
+    from scree.data.ray import _digest
+
+    rows = [None if nulls and i % 3 == 0 else str(i) for i in range(100)]
+    whole = pa.table({"text": rows})
+    held = [
+        whole[13:50],
+        pa.table({"text": rows[13:50]}),
+        pa.concat_tables([whole[13:30], whole[30:50]]),
+        whole[5:][8:45],
+    ]
+    assert len({_digest(pa, table, {"column": "text"}) for table in held}) == 1
+    assert _digest(pa, whole[14:50], {"column": "text"}) != _digest(pa, held[0], {"column": "text"})
+
+
 def test_what_one_task_reads_is_packed_by_several(cluster, footers, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -347,6 +378,8 @@ def test_bad_arguments_of_pack(cluster, tmp_path):
     ):
         with raises(error, *words):
             pack(*arguments)
+    with raises(ValueError, "batch_size: got 0"):
+        pack(dataset, "ids", 4, tmp_path / "x", batch_size=0)
     with raises(ValueError, "algo: got 'best'"):
         pack(dataset, "ids", 4, tmp_path / "x", algo="best")
     assert not (tmp_path / "x").exists()

@@ -20,10 +20,13 @@ from ._tables import COUNTS, KEY, Tokenize, pack_table
 __all__ = ["Packed", "pack"]
 
 MANIFEST = "_scree.json"
+ROWS = 16_384
+"""Rows in a block unless said: as tight as the whole, and a file of tens of megabytes."""
+
 _PART, _SUFFIX = "part-", ".parquet"
-_HANDED_ON = (
-    16 << 20
-)  # bytes: Ray's reading tasks deal out their 128 MB in blocks of this size, so that all workers pack
+
+_HANDED_ON = 16 << 20
+"""Bytes in which a task hands on what it reads, 128 MB by Ray's own choice, so that all workers have something to pack."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def pack(
     seed: int | None = None,
     too_long: Literal["error", "split", "drop"] | None = None,
     nulls: Literal["error", "drop"] = "error",
-    batch_size: int = 16_384,
+    batch_size: int | None = ROWS,
     version: str = "",
 ) -> Packed:
     """Tokenise, plan and pack a Ray dataset into Parquet files of bins, block by block, restartable.
@@ -98,8 +101,10 @@ def pack(
         As in `scree.data.pack_table`; called in the workers, once a block.
     algo, seed, too_long, nulls
         As in `scree.data.pack_table`.
-    batch_size : int
-        Rows in a block, and so in a file. Ray is told to keep their order, so that blocks come again as they were.
+    batch_size : int or None
+        Rows in a block, and so in a file. Ray is told to keep their order, so that blocks come again as they were. None packs
+        what a task has read in that very task, in files of 16,384 rows at most: quicker where what one task reads has
+        thousands of rows, for then nothing goes through Ray's memory, and no CPU is set apart for reading.
     version : str
         Of `tokenize`, whose code is not looked at: another one packs everything anew.
 
@@ -132,7 +137,8 @@ def pack(
     if too_long is not None:
         one_of("too_long", too_long, TOO_LONG)
     one_of("nulls", nulls, ("error", "drop"))
-    at_least_one("batch_size", batch_size)
+    if batch_size is not None:
+        at_least_one("batch_size", batch_size)
     _require_a_free_cpu(ray)
     schema = dataset.schema(fetch_if_missing=False)  # otherwise Ray would run a part of the dataset to find out
     _require_column(schema, column)
@@ -144,14 +150,14 @@ def pack(
     _prepare(folder, settings)
     options = {name: settings[name] for name in ("algo", "seed", "too_long", "nulls")} | {"tokenize": tokenize}
     blocks = dataset.select_columns([column]).map_batches(
-        _pack_block,
+        _pack_blocks,
         batch_size=batch_size,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        fn_kwargs={"folder": folder, "settings": settings, "options": options},
+        fn_kwargs={"rows": batch_size or ROWS, "folder": folder, "settings": settings, "options": options},
     )
     done: list[dict[str, Any]] = []
-    with _streaming(blocks.context):
+    with _streaming(blocks.context, in_parts=batch_size is not None):
         try:
             done = blocks.take_all()
         except ray.exceptions.RayTaskError as failed:
@@ -169,14 +175,13 @@ def _require_column(schema: Any, column: str) -> None:
 
 
 @contextmanager
-def _streaming(context: Any) -> Iterator[None]:
-    """Have Ray keep the order of the rows, and hand them on before a task has read all of its own."""
-    options, ordered, size = (
-        context.execution_options,
-        context.execution_options.preserve_order,
-        context.target_max_block_size,
-    )
-    options.preserve_order, context.target_max_block_size = True, min(size or _HANDED_ON, _HANDED_ON)
+def _streaming(context: Any, in_parts: bool) -> Iterator[None]:
+    """Have Ray keep the order of the rows, and (`in_parts`) hand them on before a task has read all of its own."""
+    options, size = context.execution_options, context.target_max_block_size
+    ordered = options.preserve_order
+    options.preserve_order = True
+    if in_parts:
+        context.target_max_block_size = min(size or _HANDED_ON, _HANDED_ON)
     try:
         yield
     finally:
@@ -231,8 +236,18 @@ def _write_manifest(folder: Path, told: dict[str, Any]) -> None:
         file.write(json.dumps(told, indent=1).encode())
 
 
-def _pack_block(table: Any, folder: Path, settings: dict[str, Any], options: dict[str, Any]) -> Any:
-    """Write the bins of one block, unless they are there; return one row that names and counts them."""
+def _pack_blocks(table: Any, rows: int, folder: Path, settings: dict[str, Any], options: dict[str, Any]) -> Any:
+    """Pack what one task is given, in equal blocks of `rows` at most; return one row a block."""
+    pa = library("pack", "pyarrow", "arrow")
+    n = max(-(-len(table) // rows), 1)
+    ends = [len(table) * i // n for i in range(n + 1)]
+    done = [_pack_block(table[a:b], folder, settings, options) for a, b in zip(ends, ends[1:], strict=False)]
+    told = pa.Table.from_pylist(done)
+    return told if len(table) else told[:0]
+
+
+def _pack_block(table: Any, folder: Path, settings: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Write the bins of one block, unless they are there; return what names and counts them."""
     pa = library("pack", "pyarrow", "arrow")
     pq = library("pack", "pyarrow.parquet", "arrow")
     name = f"{_PART}{_digest(pa, table, settings)}"
@@ -246,8 +261,7 @@ def _pack_block(table: Any, folder: Path, settings: dict[str, Any], options: dic
         with replacing("pack", target) as file:
             pq.write_table(packed, file, compression="zstd", write_page_checksum=True)
     counts = json.loads(told)
-    row = {"part": [name], "reused": [reused], **{key: [counts[key]] for key in COUNTS}}
-    return pa.table(row) if len(table) else pa.table(row)[:0]
+    return {"part": name, "reused": reused, **{key: counts[key] for key in COUNTS}}
 
 
 def _digest(pa: Any, table: Any, settings: dict[str, Any]) -> str:
