@@ -27,7 +27,7 @@ _QUADRATIC_UP_TO = 10_000  # lengths: binpacking looks at every bin for every on
 _PACKED_UP_TO = 100_000  # sequences: TRL takes minutes beyond
 _SHORT, _LONG = 0.02, 20.0  # seconds
 _CORPUS_BYTES = 10 * 10**9
-_TEXTS = {"small": 40_000, "large": 400_000}
+_TEXTS = {"small": 40_000, "large": 240_000}
 _BLOCK = 5_000  # texts
 SECONDS = 2.0  # for each line of the table, unless said
 PARTS = ("plan", "pack", "collate", "open", "engines")
@@ -365,8 +365,9 @@ def _on_engines(size: str, n: int, folder: Path) -> Iterator[dict[str, Any]]:
     }
     if size == "small":
         on_ray(2)  # starts the workers
-        contenders["scree.data.ray.pack, 2 workers, with the reader that Ray takes unless told"] = lambda: on_ray(
-            2, True
+        contenders["scree.data.ray.pack, 2 workers, batch_size=5000"] = lambda: on_ray(2, _BLOCK)
+        contenders["scree.data.ray.pack, 2 workers, batch_size=5000, Ray's own reader"] = lambda: on_ray(
+            2, _BLOCK, True
         )
     found = _timed(contenders, 0, least=2)
     growth = {which: found[f"{which}, 1 {one}"]["ms"] / found[f"{which}, 2 {two}"]["ms"]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +175,7 @@ def _require_column(schema: Any, column: str) -> None:
 
 
 @contextmanager
-def _streaming(context: Any, in_parts: bool) -> Iterator[None]:
+def _streaming(context: Any, in_parts: bool) -> Generator[None, None, None]:
     """Have Ray keep the order of the rows, and (`in_parts`) hand them on before a task has read all of its own."""
     options, size = context.execution_options, context.target_max_block_size
     ordered = options.preserve_order
