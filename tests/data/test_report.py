@@ -335,6 +335,7 @@ def test_a_folder_of_several_splits_is_told(tmp_path):
         (["--batch-size", 0], "--batch-size"),
         (["--capacity", 0], "--capacity"),
         (["--nulls", "keep"], "--nulls: got 'keep'; needs one of error, drop"),
+        (["--column", "n"], "--column: got 'n'; needs a file"),
         (["--output", "a.pdf"], "--output: got 'a.pdf'; needs a name that ends in .html"),
     ],
 )

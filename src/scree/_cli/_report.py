@@ -35,6 +35,10 @@ def run(
         raise typer.BadParameter(f"got {nulls!r}; needs one of {', '.join(NULLS)}", param_hint="--nulls")
     if output.suffix.lower() not in (".html", ".htm"):
         raise typer.BadParameter(f"got {str(output)!r}; needs a name that ends in .html", param_hint="--output")
+    if file == "-" and column is not None:
+        raise typer.BadParameter(
+            f"got {column!r}; needs a file, as standard input has lengths and no columns", param_hint="--column"
+        )
     found = _read(file, column, nulls == "drop")
     name = "standard input" if file == "-" else file
     if len(found.lengths) == 0:
