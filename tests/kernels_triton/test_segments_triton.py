@@ -29,7 +29,7 @@ def small_tiles(device, monkeypatch, request):
 
     medium, part = (8, 16) if request.param == "in parts" else (32, 32)
     small = _segment_launch.Tiles(4, 4, 1, 64, medium, 2, part, 32, 4, 8)
-    monkeypatch.setattr(_segment_launch, "_PLANS", {})
+    monkeypatch.setattr(_segment_launch, "_KINDS", {})
     monkeypatch.setattr(_segment_launch, "tiles", lambda *args: small)
 
 
