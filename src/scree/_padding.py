@@ -111,13 +111,15 @@ def from_padded(
     xp = _check.dense(padded, "padded")
     if padded.ndim < 2:
         raise ValueError(f"padded: got shape {tuple(padded.shape)}; needs (B, N, *features)")
-    if (mask is None) == (lengths is None):
-        raise TypeError(f"from_padded: got {'neither mask nor' if mask is None else 'mask and'} lengths; needs one of them")
-    if lengths is not None:
+    if mask is None:
+        if lengths is None:
+            raise TypeError("from_padded: got neither mask nor lengths; needs one of them")
         _check_side("from_padded", side)
         return _from_lengths(xp, padded, lengths, side)
+    if lengths is not None:
+        raise TypeError("from_padded: got mask and lengths; needs one of them")
     if side != "right":
-        raise ValueError(f"from_padded: side is {side!r}, and the mask says where the padding is; side goes with lengths")
+        raise ValueError(f"from_padded: side is {side!r}; needs lengths beside it, as a mask says where the padding is")
     _check.same_framework(xp, mask, "mask", "padded")
     _check.dense(mask, "from_padded: mask")
     _check.same_device(xp, mask, padded, "mask", "padded")
@@ -163,7 +165,9 @@ def _from_lengths(xp: Backend, padded: Dense, lengths: Any, side: Side) -> Array
         _check.same_framework(xp, lengths, "lengths", "padded")
         _check.integers(xp, lengths, "lengths")
         if xp.is_traced(lengths):
-            raise NotImplementedError("from_padded: lengths is traced by a compiler or a transformation; needs an Array")
+            raise NotImplementedError(
+                "from_padded: lengths is traced by a compiler or a transformation; needs an Array"
+            )
         lengths = xp.to_host(lengths)
     host = _offsets.signed(_check.host_ints(lengths, "lengths"))
     if len(host) != batch_size:

@@ -182,7 +182,11 @@ def count(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, HostInts, Cal
     key = ("count", device, kind, dtype, block)
     launch = _LAUNCHERS.get(key)
     if launch is None:
-        constants = {"IS_BOOL": kind == torch.bool, "INT": tl.int32 if dtype == torch.int32 else tl.int64, "BLOCK": block}
+        constants = {
+            "IS_BOOL": kind == torch.bool,
+            "INT": tl.int32 if dtype == torch.int32 else tl.int64,
+            "BLOCK": block,
+        }
         warps = max(1, block // 512)
         launch = _LAUNCHERS[key] = Launcher(kernels._count_kernel, device, constants, num_warps=warps)
     launch((rows, 1, 1), (_words(mask), counts, firsts), (width,))

@@ -32,11 +32,14 @@ _FORWARD: dict[Any, tuple[Launcher, int]] = {}
 _BACKWARD: dict[Any, _Backward] = {}
 
 
-def forward_tile(block: int) -> tuple[int, int]:
+def forward_tile(features: int, itemsize: int) -> tuple[int, int]:
     """Rows a program, and its warps: short rows stay within one warp, so that no sum has to wait for another."""
+    block = triton.next_power_of_2(features)
     if block <= 1024:
         return min(512, (1024 if block <= 256 else 2048) // block), 1
-    return (2, block // 512) if block <= 4096 else (1, block // 1024)
+    if block <= 4096:
+        return 2, block // 512
+    return 1, 4 if features <= 6144 and itemsize < 8 else block // 1024
 
 
 def backward_tile(block: int, itemsize: int, room: int) -> tuple[int, int, int, int]:
@@ -140,7 +143,7 @@ def _forward_launcher(
     if wide_rows:
         block, rows, warps = _CHUNK, 1, 8
     else:
-        rows, warps = forward_tile(block)
+        rows, warps = forward_tile(features, dtype.itemsize)
     constants = {
         "M": features,
         "EPS": eps,
