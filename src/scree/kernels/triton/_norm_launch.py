@@ -9,7 +9,7 @@ import triton
 
 from . import _norm_kernels as kernels
 from ._launch import Launcher, device_number, processors, shared_memory
-from ._views import Rows, rows_of, specialised, wide
+from ._views import Rows, like, rows_of, specialised, wide
 
 _WIDE = 16384  # features: wider rows go in chunks forward ...
 _WIDE_BACKWARD = 8192  # ... and backward, where the sums over rows are in registers too
@@ -91,7 +91,7 @@ def forward(
     """The normalised values and, where they are to be saved, the stats (rows, or 2 x rows); else x in their place."""
     dtype, features = x.dtype, x.shape[-1]
     x, (layout, rows, inner, stride_outer, stride) = _dense(x) if features else (x, Rows(0, 0, 1, 0, 0))
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = like(x)
     stats = x
     if save:
         stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -177,7 +177,7 @@ def backward(
     """The gradients that are needed, each in the dtype of what it belongs to."""
     dtype, device, features = x.dtype, device_number(x), x.shape[-1]
     weight_dtype = dtype if weight is None else weight.dtype
-    dx = torch.empty(x.shape, dtype=dtype, device=x.device) if needs_x else None
+    dx = like(x) if needs_x else None
     dweight = torch.empty(features, dtype=weight_dtype, device=x.device) if needs_weight else None
     dbias = torch.empty(features, dtype=bias_dtype, device=x.device) if needs_bias else None
     if x.numel() == 0:

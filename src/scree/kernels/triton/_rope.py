@@ -16,7 +16,7 @@ from . import _rope_kernels as kernels
 from ._launch import Launcher, device_number, is_plain
 from ._segment_launch import Known
 from ._segment_launch import forward as reduce_segments
-from ._views import FLOATING, Once, once, specialised, under_functorch, why_not_differentiable, wide
+from ._views import FLOATING, Once, like, once, specialised, under_functorch, why_not_differentiable, wide
 
 _LAUNCHERS: dict[Any, Launcher] = {}
 
@@ -62,7 +62,7 @@ def _forward(
     interleaved: bool,
     inverse: bool,
 ) -> torch.Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = like(x)
     if y.numel() == 0:
         return y
     tokens, dim = x.shape[0], x.shape[-1]

@@ -11,6 +11,7 @@ import triton.language as tl
 from ..._array import Array
 from . import _segment_kernels as kernels
 from ._launch import Launcher, capability, device_number, processors
+from ._views import like
 
 OPS = {"softmax": 0, "sum": 1, "mean": 2, "max": 3, "min": 4, "logsumexp": 5}
 GRADIENT = 6  # what the number of an op has more for its gradient
@@ -191,8 +192,11 @@ def _integers(x: torch.Tensor) -> torch.Tensor:
 
 def forward(op: int, x: torch.Tensor, offsets: torch.Tensor, ragged_dim: int, lengths: Known) -> torch.Tensor:
     """The softmax of x along its ragged axis, or its reduction, (B, *features)."""
-    features = (*x.shape[:ragged_dim], *x.shape[ragged_dim + 1 :])
-    y = torch.empty(x.shape if op == 0 else (offsets.shape[0] - 1, *features), dtype=x.dtype, device=x.device)
+    if op == 0:
+        y = like(x)
+    else:
+        shape = (offsets.shape[0] - 1, *x.shape[:ragged_dim], *x.shape[ragged_dim + 1 :])
+        y = torch.empty(shape, dtype=x.dtype, device=x.device)
     x = x if x.is_contiguous() else x.contiguous()
     _launch(op, (x, x, x), offsets, y, _shape(x, ragged_dim), lengths)
     return y
@@ -208,7 +212,7 @@ def backward(
     lengths: Known,
 ) -> torch.Tensor:
     """The gradient of `forward`: x is its result where that is a softmax, otherwise what it was given."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = like(x)
     if op in (1, 2):
         x = dx  # of which only the shape counts
     tensors = x.contiguous(), dy.contiguous(), y.contiguous()

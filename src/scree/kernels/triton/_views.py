@@ -16,6 +16,11 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that the floating kernels load and store."""
 
 
+def like(x: torch.Tensor) -> torch.Tensor:
+    """Memory for a contiguous tensor like x, in as little time as PyTorch takes."""
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 class Rows(NamedTuple):
     """The rows of a tensor along its last axis, which is dense.
 
