@@ -43,7 +43,7 @@ def paddings(quick: bool) -> Iterator[Case]:
             2 * size,
             HALF,
             lambda x=x: x,
-            calls(_from_padded(batch, mask), padded),
+            calls(_from_padded(batch, mask, batch.array(x)), padded),
         )
 
 
@@ -79,7 +79,7 @@ def _to_padded(batch: Batch, mask: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _from_padded(batch: Batch, mask: torch.Tensor) -> dict[str, Any]:
+def _from_padded(batch: Batch, mask: torch.Tensor, arr: scree.Array) -> dict[str, Any]:
     def front_door(padded: torch.Tensor) -> Thunk:
         return lambda: scree.from_padded(padded, mask).values
 
@@ -87,12 +87,20 @@ def _from_padded(batch: Batch, mask: torch.Tensor) -> dict[str, Any]:
         attention_mask = mask.long()
         return lambda: scree.bridges.from_hf_padded(padded, attention_mask).values
 
+    def lengths_of(padded: torch.Tensor) -> Thunk:
+        return lambda: scree.from_padded(padded, lengths=arr).values
+
+    def lengths(padded: torch.Tensor) -> Thunk:
+        return lambda: scree.from_padded(padded, lengths=batch.lengths).values
+
     def aten(padded: torch.Tensor) -> torch.Tensor:
         return torch.ops.aten._padded_dense_to_jagged_forward(padded, [batch.long_offsets], batch.tokens)
 
     return {
         "scree": front_door,
         "scree, Hugging Face bridge": bridge,
+        "scree, lengths of an Array": lengths_of,
+        "scree, lengths on the host": lengths,
         "aten padded_to_jagged": plain(aten),
         "boolean mask": plain(lambda padded: padded[mask]),
     }

@@ -105,6 +105,19 @@ def test_jax_says_what_needs_concrete_offsets():
             jit(call)(arr)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_jax_goes_back_from_padding_by_an_array(side):
+    xp = need("jax")
+    arr = make(xp)
+
+    def there_and_back(a):
+        return scree.from_padded(scree.to_padded(a, side, max_length=5)[0], lengths=a, side=side)
+
+    back = xp.module.jit(there_and_back)(arr)
+    np.testing.assert_array_equal(back.values, arr.values)
+    np.testing.assert_array_equal(back.offsets, arr.offsets)
+
+
 def test_jax_grad():
     xp = need("jax")
     jax = xp.module

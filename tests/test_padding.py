@@ -7,6 +7,7 @@ import oracle
 import scree
 from cases import EDGES, host_offsets, normal, with_spare
 from expect import raises
+from scree import _layout
 from test_array import LENGTHS, assert_rows, make, rows_of
 
 SIDES = ("right", "left")
@@ -226,3 +227,69 @@ def test_from_padded_errors(xp):
         scree.from_padded([[1.0]], [[True]])
     with raises(TypeError, "mask"):
         scree.from_padded(padded, [[True] * 4] * 3)
+
+
+# from_padded with lengths
+
+
+@pytest.mark.parametrize("edge", EDGES, ids=str)
+@pytest.mark.parametrize("side", SIDES)
+def test_from_padded_with_lengths(xp, edge, side):
+    arr = make(xp, lengths=EDGES[edge])
+    padded, _ = scree.to_padded(arr, side, 0.5, 7)
+    lengths = np.diff(host_offsets(xp, arr))
+    for given in (arr, lengths.tolist(), lengths, xp.array(lengths, "int32")):
+        back = scree.from_padded(padded, lengths=given, side=side)
+        assert xp.dtype_of(back.values) == xp.dtype_of(arr.values)
+        assert_rows(xp, back, rows_of(xp, arr))
+        assert host_offsets(xp, back) == host_offsets(xp, arr)
+        assert (back.offsets is arr.offsets) == (given is arr)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_from_padded_with_lengths_nobody_knows(xp, side):
+    arr = make(xp)
+    padded, _ = scree.to_padded(arr, side, 0.5)
+    unknown = with_spare(xp, arr, arr.batch_size, arr.total_length + 4)
+    assert unknown.total_length > arr.total_length
+    back = scree.from_padded(padded, lengths=unknown, side=side)
+    assert back.offsets is unknown.offsets
+    values = xp.to_np(back.values)
+    np.testing.assert_array_equal(values[: arr.total_length], xp.to_np(arr.values))
+    assert not values[arr.total_length :].any()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_row_that_is_too_long_for_traced_offsets_is_not_a_number(xp, side):
+    arr = make(xp, lengths=(1, 3, 2))
+    padded = xp.array(normal((3, 2, 2), 0), "float32")
+    got = xp.to_np(_layout.unpad_device(arr._xp, padded, arr.offsets, 6, side))
+    host = xp.to_np(padded)
+    first = host[0, :1] if side == "right" else host[0, 1:]
+    np.testing.assert_array_equal(got[:1], first)
+    assert np.isnan(got[1:4] if side == "left" else got[3:4]).all()
+    np.testing.assert_array_equal(got[4:], host[2])
+
+
+def test_from_padded_with_lengths_errors(xp):
+    padded = xp.array(np.zeros((3, 4, 2)))
+    mask = xp.array(np.ones((3, 4), bool))
+    with raises(TypeError, "from_padded", "neither mask nor lengths"):
+        scree.from_padded(padded)
+    with raises(TypeError, "from_padded", "mask and lengths"):
+        scree.from_padded(padded, mask, lengths=[1, 2, 3])
+    with raises(ValueError, "side", "'left'", "lengths"):
+        scree.from_padded(padded, mask, side="left")
+    with raises(ValueError, "side", "'up'"):
+        scree.from_padded(padded, lengths=[1, 2, 3], side="up")
+    with raises(ValueError, "lengths", "got 2", "needs 3"):
+        scree.from_padded(padded, lengths=[1, 2])
+    for bad in (-1, 5):
+        with raises(ValueError, "lengths[1]", f"got {bad}", "0 to 4"):
+            scree.from_padded(padded, lengths=[1, bad, 3])
+    with raises(TypeError, "lengths", "integers"):
+        scree.from_padded(padded, lengths=[1.0, 2.0, 3.0])
+    with raises(ValueError, "lengths", "2 sequences", "needs 3"):
+        scree.from_padded(padded, lengths=make(xp, lengths=(1, 2)))
+    with raises(ValueError, "lengths", "longest is 6", "at most 4"):
+        scree.from_padded(padded, lengths=make(xp, lengths=(1, 6, 2)))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _offsets
+from . import _check, _offsets
 from ._backends import Backend, Dense
 from ._backends._protocol import HostArray, HostInts
 
@@ -135,6 +135,37 @@ def pad_device(xp: Backend, values: Dense, index: Dense, mask: Dense, fill: Any)
         return empty
     wide = mask.reshape(*mask.shape, *(1 for _ in features))
     return xp.where(wide, xp.take(values, index, 0), empty)
+
+
+def unpad_device(xp: Backend, padded: Dense, offsets: Dense, total: int, side: str) -> Dense:
+    """One gather of the tokens of rows with these offsets from `padded` (B, N, *F), without a look at them. (T, *F).
+
+    Tokens beyond the last row are 0; those for which N has no place NaN, or 0 where the dtype has no NaN.
+    """
+    rows, width = padded.shape[:2]
+    values = padded.reshape(rows * width, *padded.shape[2:])
+    if total == 0 or rows * width == 0:
+        return xp.full((total, *padded.shape[2:]), 0, padded)
+    if rows * width + total >= 2**31:
+        offsets = xp.astype(offsets, "int64")
+    row, place = _offsets.segment_ids(xp, offsets, total), _offsets.position_ids(xp, offsets, total)
+    used = row < rows
+    row = xp.where(used, row, row - row)
+    fits = place < width
+    if side == "left":
+        lengths = xp.cast_like(offsets[1:] - offsets[:-1], place)
+        fits = xp.take(lengths, row, 0) <= width
+        place = place + width - xp.take(lengths, row, 0)
+    index = row * width + place
+    index = xp.where(used & fits, index, index - index)
+
+    def wide(condition: Dense) -> Dense:
+        return condition.reshape(total, *(1 for _ in padded.shape[2:]))
+
+    taken = xp.take(values, index, 0)
+    odd = xp.full((), float("nan") if _check.is_floating(xp.dtype_name(padded)) else 0, padded)
+    taken = xp.where(wide(fits), taken, odd)
+    return xp.where(wide(used), taken, xp.full((), 0, padded))
 
 
 def rows_to(xp: Backend, values: Dense, host: HostInts, rows: HostInts, axis: int) -> tuple[Dense, HostInts]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from . import _check, _layout, _offsets
 from ._array import Array, expect_array, from_host_offsets
-from ._backends import Backend, Dense
+from ._backends import Backend, Dense, find_backend
 from ._backends._protocol import HostArray
 from ._offsets import Structure
 
@@ -45,8 +46,7 @@ def to_padded(
     Without `max_length` offsets on a device are copied to the host, once for all Arrays that share them.
     """
     expect_array("to_padded", arr)
-    if side not in ("right", "left"):
-        raise ValueError(f"to_padded: side is {side!r}; needs 'right' or 'left'")
+    _check_side("to_padded", side)
     xp = arr._xp
     fill = _check.fill_value(fill_value, xp.dtype_name(arr.values))
     if max_length is None:
@@ -60,8 +60,7 @@ def to_padded(
     moves = xp.moves(values, arr.offsets)
     if moves is not None:
         too_long = float("nan") if host is None and _check.is_floating(xp.dtype_name(values)) else None
-        covered = host is not None and int(host[-1]) == arr.total_length
-        return moves.pad(values, arr.offsets, width, side == "left", fill, too_long, covered)
+        return moves.pad(values, arr.offsets, width, side, fill, too_long)
     view = xp.host_view(values)
     if host is not None and view is not None:
         mask = _layout.mask_host(host, width, side)
@@ -77,14 +76,25 @@ def to_padded(
     return padded, mask
 
 
-def from_padded(padded: Dense, mask: Dense) -> Array:
-    """Pack what a mask keeps of a padded batch.
+def from_padded(
+    padded: Dense,
+    mask: Dense | None = None,
+    *,
+    lengths: Array | Sequence[int] | Dense | None = None,
+    side: Side = "right",
+) -> Array:
+    """Pack what a mask keeps of a padded batch, or rows whose lengths are known.
 
     Parameters
     ----------
     padded : array of (B, N, *features)
     mask : array of (B, N), bool, or integer or floating with 0 and 1 only
         True at the tokens to keep, in order: right-padded, left-padded or with holes.
+    lengths : Array of B sequences, list of int, or array of (B,), integer
+        Instead of `mask`. The lengths of an Array are taken, and its offsets object kept: `from_padded(f(padded),
+        lengths=arr)` goes back from ``padded, mask = to_padded(arr)``.
+    side : "right" or "left"
+        Where the padding is, with `lengths`.
 
     Returns
     -------
@@ -93,12 +103,23 @@ def from_padded(padded: Dense, mask: Dense) -> Array:
 
     Notes
     -----
-    How many tokens remain has to be known on the host: a mask on a device is copied there, once, or, where Triton's
-    kernels count on the device (PyTorch on CUDA), the offsets are. A traced mask is an error.
+    How many tokens remain has to be known on the host. A mask on a device is copied there, once, or, where Triton's
+    kernels count on the device (PyTorch on CUDA), what they counted is. A traced mask is an error. Nothing is waited for
+    with lengths that are on the host, nor with an Array whose `max_length` is known; under a trace, an Array serves, and
+    tokens for which N has no place come out as NaN (0 where the dtype has none).
     """
     xp = _check.dense(padded, "padded")
     if padded.ndim < 2:
         raise ValueError(f"padded: got shape {tuple(padded.shape)}; needs (B, N, *features)")
+    if mask is None:
+        if lengths is None:
+            raise TypeError("from_padded: got neither mask nor lengths; needs one of them")
+        _check_side("from_padded", side)
+        return _from_lengths(xp, padded, lengths, side)
+    if lengths is not None:
+        raise TypeError("from_padded: got mask and lengths; needs one of them")
+    if side != "right":
+        raise ValueError(f"from_padded: side is {side!r}; needs lengths beside it, as a mask says where the padding is")
     _check.same_framework(xp, mask, "mask", "padded")
     _check.dense(mask, "from_padded: mask")
     _check.same_device(xp, mask, padded, "mask", "padded")
@@ -109,22 +130,79 @@ def from_padded(padded: Dense, mask: Dense) -> Array:
     if xp.is_traced(mask):
         raise NotImplementedError(
             "from_padded: the number of tokens depends on mask, which is traced by a compiler or a transformation; "
-            "call it outside of the compiled function"
+            "call it outside of the compiled function, or give lengths=arr"
         )
     moves = xp.moves(padded, mask)
     if moves is not None:
-        moved = moves.unpad(padded, mask)
+        moved = moves.unpad_mask(padded, mask)
         if moved is not None:
             return Array._make(moved[0], moved[1], 0, Structure(moved[2]))
     keep = _host_mask(xp, mask)
     offsets = _offsets.from_lengths(_layout.counts(keep))
+    return from_host_offsets(xp, _unpad_host(xp, padded, keep), offsets, 0)
+
+
+def _check_side(op: str, side: str) -> None:
+    if side not in ("right", "left"):
+        raise ValueError(f"{op}: side is {side!r}; needs 'right' or 'left'")
+
+
+def _unpad_host(xp: Backend, padded: Dense, keep: HostArray) -> Dense:
+    """What a mask on the host keeps."""
     view = xp.host_view(padded)
     if view is not None:
-        values = xp.adopt(_layout.unpad_host(view, keep), padded)
+        return xp.adopt(_layout.unpad_host(view, keep), padded)
+    flat = padded.reshape(keep.size, *padded.shape[2:])
+    return _layout.take_tokens(xp, flat, np.flatnonzero(keep), 0)
+
+
+def _from_lengths(xp: Backend, padded: Dense, lengths: Any, side: Side) -> Array:
+    batch_size, width = padded.shape[:2]
+    if isinstance(lengths, Array):
+        return _from_structure(xp, padded, lengths, side)
+    given = find_backend(lengths)
+    if given is not None and given.NAME != "numpy":
+        _check.same_framework(xp, lengths, "lengths", "padded")
+        _check.integers(xp, lengths, "lengths")
+        if xp.is_traced(lengths):
+            raise NotImplementedError(
+                "from_padded: lengths is traced by a compiler or a transformation; needs an Array"
+            )
+        lengths = xp.to_host(lengths)
+    host = _offsets.signed(_check.host_ints(lengths, "lengths"))
+    if len(host) != batch_size:
+        raise ValueError(f"lengths: got {len(host)}; needs {batch_size}, the first axis of padded")
+    if batch_size and not 0 <= int(host.min()) <= int(host.max()) <= width:
+        i = int(((host < 0) | (host > width)).argmax())
+        raise ValueError(f"lengths[{i}]: got {host[i]}; needs 0 to {width}, the second axis of padded")
+    offsets = _offsets.from_lengths(host)
+    moves = xp.moves(padded)
+    if moves is not None:
+        placed = moves.to_device(offsets, padded)
+        return Array._make(moves.unpad(padded, placed, int(offsets[-1]), side), placed, 0, Structure(offsets))
+    return from_host_offsets(xp, _unpad_host(xp, padded, _layout.mask_host(offsets, width, side)), offsets, 0)
+
+
+def _from_structure(xp: Backend, padded: Dense, arr: Array, side: Side) -> Array:
+    """The tokens of the rows that an Array has, on its offsets."""
+    offsets, width, total = arr._offsets, padded.shape[1], arr.total_length
+    _check.same_framework(xp, offsets, "lengths", "padded")
+    _check.same_device(xp, offsets, padded, "lengths", "padded")
+    if arr.batch_size != padded.shape[0]:
+        raise ValueError(f"lengths: got {arr.batch_size} sequences; needs {padded.shape[0]}, the first axis of padded")
+    host = arr._known_offsets()
+    if not arr._is_opaque():
+        longest = arr.max_length if host is None else arr._structure.longest(host)
+        if longest > width:
+            raise ValueError(f"lengths: the longest is {longest}; needs at most {width}, the second axis of padded")
+    moves = xp.moves(padded, offsets)
+    if moves is not None:
+        values = moves.unpad(padded, offsets, total, side)
+    elif host is not None and not arr._structure.spare:
+        values = _unpad_host(xp, padded, _layout.mask_host(host, width, side))
     else:
-        flat = padded.reshape(keep.size, *padded.shape[2:])
-        values = _layout.take_tokens(xp, flat, np.flatnonzero(keep), 0)
-    return from_host_offsets(xp, values, offsets, 0)
+        values = _layout.unpad_device(xp, padded, offsets, total, side)
+    return Array._make(values, offsets, 0, arr._structure)
 
 
 def _host_mask(xp: Backend, mask: Dense) -> HostArray:

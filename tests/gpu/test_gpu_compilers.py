@@ -17,6 +17,12 @@ LENGTHS, OTHERS = (40, 0, 130, 1, 29), (3, 100, 0, 90, 7)
 OPS = [op for op, impls in TABLE.items() if any(impl.name == "triton" for impl in impls)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    """Load the backend and the kernels, whichever test comes first: a compiler cannot import."""
+    scree.Array(torch.zeros(1), torch.tensor([0, 1]))
+
+
 def attention(x, offsets):
     arr = scree.from_cu_seqlens(x, offsets)
     return kernels.varlen_attention(arr, arr, arr, causal=True, implementation="triton").values

@@ -60,6 +60,38 @@ def test_a_mask_with_holes():
     assert arr.lengths.tolist() == mask.sum(1).tolist()
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("features", [(), (3,), (1024,)], ids=str)
+def test_lengths_instead_of_a_mask(side, features):
+    arr = make(features, torch.bfloat16)
+    padded, _ = scree.to_padded(arr, side=side, fill_value=7, max_length=310)
+    for lengths in (arr, list(LENGTHS), arr.lengths):
+        back = scree.from_padded(padded, lengths=lengths, side=side)
+        assert torch.equal(back.values, arr.values) and torch.equal(back.offsets, arr.offsets)
+    spare = scree.with_capacity(arr, 12, arr.total_length + 40)
+    wide, _ = scree.to_padded(spare, side=side, fill_value=7)
+    back = scree.from_padded(wide, lengths=spare, side=side)
+    assert back.offsets is spare.offsets
+    assert torch.equal(back.values[: arr.total_length], arr.values) and not back.values[arr.total_length :].any()
+
+
+def test_many_rows_and_wide_masks():
+    lengths = np.random.default_rng(0).integers(0, 40, 5000)
+    arr = make((8,), torch.float16, tuple(int(n) for n in lengths))
+    for side in ("right", "left"):
+        padded, mask = scree.to_padded(arr, side=side, max_length=5000)
+        back = scree.from_padded(padded, mask)
+        assert torch.equal(back.values, arr.values) and torch.equal(back.offsets, arr.offsets)
+        assert back.max_length == lengths.max()
+    mask[17, 4000] = True
+    mask[17, 0] = True
+    assert torch.equal(scree.from_padded(padded, mask).values, padded[mask])
+    odd = mask.int()
+    odd[4999, 7] = 3
+    with pytest.raises(ValueError, match=r"mask: got 3 at \[4999, 7\]"):
+        scree.from_padded(padded, odd)
+
+
 def test_gradients():
     arr = make((12,))
     leaf = arr.values.detach().requires_grad_()
@@ -98,9 +130,12 @@ def test_it_waits_for_nothing_where_the_size_is_known():
         padded, _ = scree.to_padded(fresh)
         scree.bridges.to_hf_padded(fresh)
         scree.to_padded(fresh, side="left", max_length=400)
+        scree.from_padded(padded, lengths=fresh)
+        back = scree.from_padded(padded, lengths=LENGTHS)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert padded.shape == (9, 320, 64)
+    assert torch.equal(back.values, arr.values)
 
 
 def test_more_than_2_to_the_31_elements():

@@ -28,13 +28,13 @@ def moves(device):
 def watched(moves, monkeypatch):
     """Count how often each kernel is launched."""
     launched = []
-    original = moves.Launcher.__call__
+    original = moves.launch.Launcher.__call__
 
     def call(self, *args):
         launched.append(self._kernel.__name__)
         return original(self, *args)
 
-    monkeypatch.setattr(moves.Launcher, "__call__", call)
+    monkeypatch.setattr(moves.launch.Launcher, "__call__", call)
     return launched
 
 
@@ -66,12 +66,12 @@ def test_there_and_back(device, watched, side, dtype, features):
     want, want_mask = oracle.to_padded(rows_of(arr), features, np.float64, side, 1)
     np.testing.assert_array_equal(padded.cpu().double().numpy(), want)
     np.testing.assert_array_equal(mask.cpu().numpy(), want_mask)
-    assert watched == ["_pad_fwd_kernel"]
+    assert watched == ["_pad_kernel"]
     back = scree.from_padded(padded, mask)
     assert torch.equal(back.values, arr.values)
     assert back.offsets.tolist() == arr.offsets.tolist()
     assert back.offsets.dtype == torch.int32
-    assert watched[1:] == ["_rank_kernel"] + ["_unpad_fwd_kernel"] * (0 not in features)
+    assert watched[1:] == ["_count_kernel", "_offsets_kernel"] + ["_unpad_kernel"] * (0 not in features)
 
 
 @pytest.mark.parametrize("features", [(2,), (300,)])
@@ -146,7 +146,7 @@ def test_gradients_of_spare_values_and_cut_rows_are_zero(device, moves):
         arr = scree.with_capacity(scree.Array(x[: 2 + lengths[1]], offsets), 3, 9)
         arr = arr._make(x, arr.offsets, 0, type(arr._structure)(spare=True))  # nobody knows its lengths
         if device == "cpu":
-            padded, _ = moves.pad(x, arr.offsets, width, False, 0.0, float("nan"), False)
+            padded, _ = moves.pad(x, arr.offsets, width, "right", 0.0, float("nan"))
         else:
             padded, _ = scree.to_padded(arr, max_length=width)
         padded[:2].sum().backward()
@@ -158,11 +158,11 @@ def test_gradients_of_spare_values_and_cut_rows_are_zero(device, moves):
 
 
 @pytest.mark.parametrize("offsets", [[0, 3, 100], [0, -5, 7], [9, 5, 2], [-(2**40), 2**40, 3], [12, 12, 12]])
-@pytest.mark.parametrize("left", [False, True])
-def test_no_offsets_lead_outside(device, moves, offsets, left):
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_no_offsets_lead_outside(device, moves, offsets, side):
     x = values(device, (2,))
     offsets = torch.tensor(offsets, device=device)
-    padded, mask = moves.pad(x.requires_grad_(), offsets, 4, left, -1.0, None, False)
+    padded, mask = moves.pad(x.requires_grad_(), offsets, 4, side, -1.0, None)
     assert not padded.isnan().any()
     assert torch.equal(padded[~mask], torch.full_like(padded[~mask], -1.0))
     padded.sum().backward()

@@ -29,7 +29,7 @@ def small_tiles(device, monkeypatch, request):
 
     medium, part = (8, 16) if request.param == "in parts" else (32, 32)
     small = _segment_launch.Tiles(4, 4, 1, 64, medium, 2, part, 32, 4, 8)
-    monkeypatch.setattr(_segment_launch, "_PLANS", {})
+    monkeypatch.setattr(_segment_launch, "_KINDS", {})
     monkeypatch.setattr(_segment_launch, "tiles", lambda *args: small)
 
 
@@ -207,3 +207,20 @@ def test_transformations(device):
 
     x = arr.values.clone().requires_grad_()
     torch.testing.assert_close(torch.func.grad(loss)(arr.values), torch.autograd.grad(loss(x), x)[0])
+
+
+@pytest.mark.parametrize("how", ["softmax", "sum", "logsumexp"])
+def test_a_bound_below_the_truth_leaves_nothing_out(device, small_tiles, how):
+    arr = array(device, (5,), lengths=(5, 40, 0, 17))
+    offsets = torch.tensor([0, 5, 45, 45, 55], device=device)  # nor do they end where they should
+    x = arr.values.clone().requires_grad_()
+    vouched = arr._make(x, offsets, 0, type(arr._structure)(max_length=3))
+    y = softmax(vouched) if how == "softmax" else reduce(vouched, how)
+    full = scree.with_capacity(scree.Array(arr.values[:55], offsets), 4, len(x))
+    want = kernels.varlen_softmax(full, implementation="reference").values
+    if how != "softmax":
+        want = kernels.varlen_reduce(full, how, implementation="reference")
+    assert_close(y.detach().cpu(), want.cpu(), "float64", scale=10)
+    (dx,) = torch.autograd.grad((y * y).sum(), x)
+    assert not dx[55:].any()
+    assert dx[:55].any(1).all()

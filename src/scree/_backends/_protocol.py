@@ -31,20 +31,27 @@ class Moves(Protocol):
     """Kernels of a device that move tokens in one pass, differentiable as the framework's own operations are."""
 
     def pad(
-        self, values: Dense, offsets: Dense, width: int, left: bool, fill: Any, too_long: float | None, covered: bool
+        self, values: Dense, offsets: Dense, width: int, side: str, fill: Any, too_long: float | None
     ) -> tuple[Dense, Dense]:
         """Spread values (T, *F) over (B, width, *F), `fill` elsewhere; with it the mask (B, width).
 
-        `too_long` is what rows longer than `width` hold, None to cut them; `covered` says that every token is known
-        to have its place.
+        `too_long` is what rows longer than `width` hold, None to cut them.
         """
         ...
 
-    def unpad(self, padded: Dense, mask: Dense) -> tuple[Dense, Dense, HostInts] | None:
+    def unpad(self, padded: Dense, offsets: Dense, total: int, side: str) -> Dense:
+        """Take the tokens back from padded (B, N, *F): (total, *F), 0 for those of no row. Waits for nothing."""
+        ...
+
+    def unpad_mask(self, padded: Dense, mask: Dense) -> tuple[Dense, Dense, HostInts] | None:
         """Collect what a mask (B, N) keeps of padded (B, N, *F): values, offsets, and the offsets on the host.
 
-        None where a value of the mask is neither 0 nor 1. Copies the offsets to the host, and nothing else.
+        None where a value of the mask is neither 0 nor 1. Waits for the device until that has counted.
         """
+        ...
+
+    def to_device(self, host: HostInts, like: Dense) -> Dense:
+        """Bring integers from the host to where `like` is, without waiting for the device."""
         ...
 
     def take_rows(self, values: Dense, starts: HostInts, offsets: HostInts) -> Dense:

@@ -173,8 +173,11 @@ def astype(x: Dense, dtype: Any) -> Dense:
     return x.to(dtype)
 
 
+_NAMES = {found: str(found).removeprefix("torch.") for found in vars(torch).values() if isinstance(found, torch.dtype)}
+
+
 def dtype_name(x: Dense) -> str:
-    return str(x.dtype).removeprefix("torch.")
+    return _NAMES[x.dtype]
 
 
 def device_of(x: Dense) -> torch.device:

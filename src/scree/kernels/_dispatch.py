@@ -123,16 +123,10 @@ def choose(op: str, implementation: str | None, arr: Array, *args: Any, **option
     NotImplementedError
         None can serve the call, or not the one that was asked for; the message has every reason.
     """
-    candidates = TABLE[op]
-    if implementation is None:
-        candidates = tuple(impl for impl in candidates if not impl.on_request)
-    else:
-        candidates = tuple(impl for impl in candidates if impl.name == implementation)
-        if not candidates:
-            known = ", ".join(repr(impl.name) for impl in TABLE[op])
-            raise ValueError(f"{op}: implementation is {implementation!r}; needs one of {known}, or None for the best")
     reasons: list[str] = []
-    for impl in candidates:
+    for impl in TABLE[op]:
+        if impl.on_request if implementation is None else impl.name != implementation:
+            continue
         against = mismatch(impl, arr)
         if against is None and impl.requires is not None and not _INSTALLED[impl.requires]:
             against = f"needs {impl.requires}, which is not installed"
@@ -142,6 +136,9 @@ def choose(op: str, implementation: str | None, arr: Array, *args: Any, **option
             if against is None:
                 return getattr(module, op)
         reasons.append(f"{impl.name}: {against}")
+    if not reasons:
+        known = ", ".join(repr(impl.name) for impl in TABLE[op])
+        raise ValueError(f"{op}: implementation is {implementation!r}; needs one of {known}, or None for the best")
     raise NotImplementedError(f"{op}: no implementation can serve this call: {'; '.join(reasons)}")
 
 
@@ -170,5 +167,8 @@ def mismatch(impl: Impl, arr: Array) -> str | None:
 def device_kind(arr: Array) -> str:
     """The kind of an Array's device without its number: "cpu", "cuda", "gpu", "mps"; "unknown" under a trace."""
     device = arr.device
-    kind = getattr(device, "type", None) or getattr(device, "platform", None) or device
+    kind = getattr(device, "type", None)
+    if type(kind) is str:  # PyTorch's
+        return kind
+    kind = kind or getattr(device, "platform", None) or device
     return "unknown" if device is None else str(kind).rpartition(".")[2]

@@ -7,6 +7,8 @@ short runs whole. What is not moved is written in the same pass. Elements are mo
 import triton
 import triton.language as tl
 
+from ._rope_kernels import _row_of
+
 
 @triton.jit
 def _bounds(offsets_ptr, row, there, total):
@@ -17,10 +19,21 @@ def _bounds(offsets_ptr, row, there, total):
     return start, tl.minimum(tl.maximum(stop, start), total)
 
 
+@triton.jit
+def _before(firsts_ptr, row, there, start, stop, width, SIDE: tl.constexpr):
+    """How many places of its padded row come before a sequence: none, what is left, or what `firsts` says."""
+    if SIDE == "right":
+        return start * 0
+    if SIDE == "left":
+        return width - (stop - start)
+    return tl.load(firsts_ptr + row, mask=there, other=0).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["tiles", "rows", "total", "width", "fill", "nan"])
-def _pad_fwd_kernel(
+def _pad_kernel(
     x_ptr,
     offsets_ptr,
+    firsts_ptr,
     y_ptr,
     mask_ptr,
     tiles: "i32",
@@ -31,7 +44,7 @@ def _pad_fwd_kernel(
     fill: "i64",
     nan: "i64",
     F: tl.constexpr,
-    LEFT: tl.constexpr,
+    SIDE: tl.constexpr,
     DENSE: tl.constexpr,
     CHECK: tl.constexpr,
     WORD: tl.constexpr,
@@ -45,9 +58,7 @@ def _pad_fwd_kernel(
     tile = (pid % tiles).to(tl.int64)
     there = row < rows
     start, stop = _bounds(offsets_ptr, row, there, total)
-    first = start
-    if LEFT:
-        first = stop - width
+    first = start - _before(firsts_ptr, row, there, start, stop, width, SIDE)
     at = tile * BLOCK + tl.arange(0, BLOCK)
     source = first[:, None] * F + at[None, :]
     inside = at < width * F
@@ -67,120 +78,146 @@ def _pad_fwd_kernel(
     tl.store(mask_ptr + row[:, None] * width + place[None, :], real.to(tl.int8), mask=writes)
 
 
-@triton.jit(do_not_specialize=["tiles", "rows", "total", "width"])
-def _pad_bwd_kernel(
-    dy_ptr,
+@triton.jit(do_not_specialize=["columns", "tokens", "rows", "steps", "width"])
+def _unpad_kernel(
+    x_ptr,
     offsets_ptr,
-    dx_ptr,
-    tiles: "i32",
+    firsts_ptr,
+    y_ptr,
+    columns: "i32",
+    tokens: "i64",
     rows: "i64",
-    total: "i64",
+    steps: "i64",
     width: "i64",
     F: tl.constexpr,
-    LEFT: tl.constexpr,
-    CHECK: tl.constexpr,
-    ROWS: tl.constexpr,
+    SIDE: tl.constexpr,
+    TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The same tiles the other way; a sequence that was too long gets 0."""
+    """The inverse, by tiles of tokens, each of which looks up its place; 0 for one that has none, or in a row too long."""
     pid = tl.program_id(0)
-    row = (pid // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = row < rows
-    start, stop = _bounds(offsets_ptr, row, there, total)
-    first = start
-    if LEFT:
-        first = stop - width
-    at = (pid % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    target = first[:, None] * F + at[None, :]
-    valid = (target >= start[:, None] * F) & (target < stop[:, None] * F) & (at < width * F)[None, :]
-    reads = valid
-    if CHECK:
-        reads = valid & (stop - start <= width)[:, None]
-    dy = tl.load(dy_ptr + row[:, None] * (width * F) + at[None, :], mask=reads, other=0)
-    tl.store(dx_ptr + target, dy, mask=valid)
+    token = (pid // columns).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    col = (pid % columns) * BLOCK + tl.arange(0, BLOCK)
+    there = token < tokens
+    row = _row_of(offsets_ptr, token, rows, steps)
+    found = there & (row < rows)
+    start, stop = _bounds(offsets_ptr, row, found, tokens)
+    place = token - start + _before(firsts_ptr, row, found, start, stop, width, SIDE)
+    found = found & (token >= start) & (token < stop) & (stop - start <= width) & (place >= 0) & (place < width)
+    within = (col < F)[None, :]
+    source = (row * width + place)[:, None] * F + col[None, :]
+    x = tl.load(x_ptr + source, mask=found[:, None] & within, other=0)
+    tl.store(y_ptr + token[:, None] * F + col[None, :], x, mask=there[:, None] & within)
 
 
 @triton.jit(do_not_specialize=["width"])
-def _rank_kernel(
+def _count_kernel(
     mask_ptr,
-    rank_ptr,
     counts_ptr,
+    firsts_ptr,
     width: "i64",
     IS_BOOL: tl.constexpr,
+    INT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """For each place of a row how many places before it are kept, -1 where it is not kept; and how many are in all.
+    """How many places of a row are kept, or -1 if its mask has other values than 0 and 1; and which one is the first.
 
-    A row with a value that is neither 0 nor 1 counts -2**30.
+    Where others lie between those that are kept, there is no first one: -1.
     """
     row = tl.program_id(0).to(tl.int64)
     mask_ptr += row * width
-    rank_ptr += row * width
-    count = tl.full((), 0, tl.int32)
+    keeps = tl.zeros((BLOCK,), INT)
+    odd = tl.zeros((BLOCK,), tl.int32)
+    low = tl.zeros((BLOCK,), INT) + width.to(INT)
+    high = tl.full((BLOCK,), -1, INT)
+    for begin in range(0, width, BLOCK):
+        place = (begin + tl.arange(0, BLOCK)).to(INT)
+        m = tl.load(mask_ptr + place, mask=place < width, other=0)
+        keep = m != 0 if IS_BOOL else m == 1
+        if not IS_BOOL:
+            odd = odd | ((m != 0) & (m != 1)).to(tl.int32)
+        keeps += keep.to(INT)
+        low = tl.minimum(low, tl.where(keep, place, width.to(INT)))
+        high = tl.maximum(high, tl.where(keep, place, -1))
+    count = tl.sum(keeps, 0)
+    first = tl.min(low, 0)
+    run = tl.max(high, 0) - first + 1 == count
+    tl.store(counts_ptr + row, tl.where(tl.max(odd, 0) != 0, -1, count))
+    tl.store(firsts_ptr + row, tl.where(count == 0, 0, tl.where(run, first, -1)))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _offsets_kernel(
+    counts_ptr,
+    firsts_ptr,
+    offsets_ptr,
+    report_ptr,
+    rows: "i64",
+    BLOCK: tl.constexpr,
+):
+    """Add the counts up to offsets, there and on the host: in `report` behind how many rows have holes or odd masks."""
+    total = tl.full((), 0, tl.int64)
+    holes = tl.full((), 0, tl.int32)
     odd = tl.full((), 0, tl.int32)
+    tl.store(offsets_ptr, total.to(offsets_ptr.dtype.element_ty))
+    tl.store(report_ptr + 2, total)
+    for begin in range(0, rows, BLOCK):
+        row = begin + tl.arange(0, BLOCK)
+        there = row < rows
+        count = tl.load(counts_ptr + row, mask=there, other=0).to(tl.int64)
+        first = tl.load(firsts_ptr + row, mask=there, other=0)
+        stop = total + tl.cumsum(count, 0)
+        tl.store(offsets_ptr + row + 1, stop.to(offsets_ptr.dtype.element_ty), mask=there)
+        tl.store(report_ptr + row + 3, stop, mask=there)
+        total += tl.sum(count, 0)
+        holes += tl.sum((first < 0).to(tl.int32), 0)
+        odd += tl.sum((count < 0).to(tl.int32), 0)
+    tl.store(report_ptr, holes.to(tl.int64))
+    tl.store(report_ptr + 1, odd.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["width"])
+def _places_kernel(
+    mask_ptr,
+    offsets_ptr,
+    places_ptr,
+    width: "i64",
+    BLOCK: tl.constexpr,
+):
+    """For each token where it is in the padded batch, by a mask that may have holes."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(offsets_ptr + row).to(tl.int64)
     for begin in range(0, width, BLOCK):
         place = begin + tl.arange(0, BLOCK)
-        m = tl.load(mask_ptr + place, mask=place < width, other=0)
-        if IS_BOOL:
-            keep = (m != 0).to(tl.int32)
-        else:
-            keep = (m == 1).to(tl.int32)
-            odd = tl.maximum(odd, tl.max(((m != 1) & (m != 0)).to(tl.int32), axis=0))
-        rank = count + tl.cumsum(keep, axis=0) - keep
-        tl.store(rank_ptr + place, tl.where(keep != 0, rank, -1), mask=place < width)
-        count += tl.sum(keep, axis=0)
-    if row == 0:
-        tl.store(counts_ptr, 0)
-    tl.store(counts_ptr + 1 + row, tl.where(odd != 0, -(2**30), count))
+        keep = (tl.load(mask_ptr + row * width + place, mask=place < width, other=0) != 0).to(tl.int32)
+        rank = tl.cumsum(keep, 0) - keep
+        tl.store(places_ptr + target + rank, row * width + place, mask=keep != 0)
+        target += tl.sum(keep, 0)
 
 
-@triton.jit(do_not_specialize=["columns", "places", "width"])
-def _unpad_fwd_kernel(
+@triton.jit(do_not_specialize=["columns", "tokens"])
+def _by_places_kernel(
     x_ptr,
-    rank_ptr,
-    offsets_ptr,
+    places_ptr,
     y_ptr,
     columns: "i32",
-    places: "i64",
-    width: "i64",
+    tokens: "i64",
     F: tl.constexpr,
-    ROWS: tl.constexpr,
+    PUT: tl.constexpr,
+    TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Tiles of padded places, each token to where its row begins plus its rank."""
+    """Take tokens y from their places in x, or put them there."""
     pid = tl.program_id(0)
-    place = (pid // columns).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = (pid // columns).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     col = (pid % columns) * BLOCK + tl.arange(0, BLOCK)
-    rank = tl.load(rank_ptr + place, mask=place < places, other=-1)
-    keep = rank >= 0
-    token = tl.load(offsets_ptr + place // width, mask=keep, other=0).to(tl.int64) + rank
-    mask = keep[:, None] & (col < F)[None, :]
-    x = tl.load(x_ptr + place[:, None] * F + col[None, :], mask=mask)
-    tl.store(y_ptr + token[:, None] * F + col[None, :], x, mask=mask)
-
-
-@triton.jit(do_not_specialize=["columns", "places", "width"])
-def _unpad_bwd_kernel(
-    dy_ptr,
-    rank_ptr,
-    offsets_ptr,
-    dx_ptr,
-    columns: "i32",
-    places: "i64",
-    width: "i64",
-    F: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    place = (pid // columns).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = (pid % columns) * BLOCK + tl.arange(0, BLOCK)
-    rank = tl.load(rank_ptr + place, mask=place < places, other=-1)
-    keep = rank >= 0
-    token = tl.load(offsets_ptr + place // width, mask=keep, other=0).to(tl.int64) + rank
-    within = (col < F)[None, :]
-    dy = tl.load(dy_ptr + token[:, None] * F + col[None, :], mask=keep[:, None] & within, other=0)
-    tl.store(dx_ptr + place[:, None] * F + col[None, :], dy, mask=(place < places)[:, None] & within)
+    mask = (token < tokens)[:, None] & (col < F)[None, :]
+    here = x_ptr + tl.load(places_ptr + token, mask=token < tokens, other=0)[:, None] * F + col[None, :]
+    there = y_ptr + token[:, None] * F + col[None, :]
+    if PUT:
+        tl.store(here, tl.load(there, mask=mask), mask=mask)
+    else:
+        tl.store(there, tl.load(here, mask=mask), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tiles", "rows"])

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..._array import Array
 from ._launch import is_plain, refuse_device
 from ._norm_launch import backward, forward
-from ._views import FLOATING, Once, under_functorch, why_not_differentiable
+from ._views import FLOATING, Once, once, under_functorch, why_not_differentiable
 
 
 def why_not(op: str, arr: Array, *args: Any, **options: Any) -> str | None:
@@ -115,7 +114,7 @@ class _Norm(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, stats, offsets = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]

@@ -8,8 +8,8 @@ import torch
 import triton
 
 from . import _norm_kernels as kernels
-from ._launch import Launcher, device_number, processors
-from ._views import Rows, rows_of, specialised, wide
+from ._launch import Launcher, device_number, processors, shared_memory
+from ._views import Rows, like, rows_of, specialised, wide
 
 _WIDE = 16384  # features: wider rows go in chunks forward ...
 _WIDE_BACKWARD = 8192  # ... and backward, where the sums over rows are in registers too
@@ -32,17 +32,31 @@ _FORWARD: dict[Any, tuple[Launcher, int]] = {}
 _BACKWARD: dict[Any, _Backward] = {}
 
 
-def forward_tile(block: int, itemsize: int) -> tuple[int, int]:
-    """Rows a program, and its warps: 64 bytes of each thread on the way at once."""
-    tile = max(block, 4096 if itemsize < 4 else 2048)
-    return min(512, tile // block), max(4, min(16, tile * itemsize // 2048))
+def forward_tile(features: int, itemsize: int) -> tuple[int, int]:
+    """Rows a program, and its warps: short rows stay within one warp, so that no sum has to wait for another."""
+    block = triton.next_power_of_2(features)
+    if block <= 1024:
+        return min(512, (1024 if block <= 256 else 2048) // block), 1
+    if block <= 4096:
+        return 2, block // 512
+    return 1, 4 if features <= 6144 and itemsize < 8 else block // 1024
 
 
-def backward_tile(block: int) -> tuple[int, int, int, int]:
-    """Rows a program, its warps, the programs on a multiprocessor, and the stages of the pipeline."""
-    tile = max(block, 2048)
-    warps = max(4, min(16, tile // 512))
-    return min(512, tile // block), warps, 16 // warps, 1
+def backward_tile(block: int, itemsize: int, room: int) -> tuple[int, int, int, int]:
+    """Rows a program, its warps, the programs on a multiprocessor, and the stages of the pipeline.
+
+    `room` is the shared memory: where it holds them, two tiles are on the way while the one before is worked on.
+    """
+    tile = max(block, 2048 if block <= 1024 else 4096 if block == 2048 or itemsize >= 4 else 8192)
+    resident = max(1, 16384 // (tile * itemsize))
+    stages = 3 if 4 * (tile + 256) * itemsize * resident <= room else 1
+    warps = max(4, min(8, tile // 512)) * (2 if itemsize == 8 else 1)
+    return min(512, tile // block), warps, resident, stages
+
+
+def sum_tile(features: int) -> tuple[int, int, int]:
+    """Programs and columns of a tile of what they wrote, and the warps that add it up."""
+    return 128, min(16, triton.next_power_of_2(features)), 8
 
 
 def _spare(x: torch.Tensor, offsets: torch.Tensor | None, ragged_dim: int) -> tuple[int, int, int]:
@@ -77,7 +91,7 @@ def forward(
     """The normalised values and, where they are to be saved, the stats (rows, or 2 x rows); else x in their place."""
     dtype, features = x.dtype, x.shape[-1]
     x, (layout, rows, inner, stride_outer, stride) = _dense(x) if features else (x, Rows(0, 0, 1, 0, 0))
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = like(x)
     stats = x
     if save:
         stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -129,7 +143,7 @@ def _forward_launcher(
     if wide_rows:
         block, rows, warps = _CHUNK, 1, 8
     else:
-        rows, warps = forward_tile(block, dtype.itemsize)
+        rows, warps = forward_tile(features, dtype.itemsize)
     constants = {
         "M": features,
         "EPS": eps,
@@ -163,7 +177,7 @@ def backward(
     """The gradients that are needed, each in the dtype of what it belongs to."""
     dtype, device, features = x.dtype, device_number(x), x.shape[-1]
     weight_dtype = dtype if weight is None else weight.dtype
-    dx = torch.empty(x.shape, dtype=dtype, device=x.device) if needs_x else None
+    dx = like(x) if needs_x else None
     dweight = torch.empty(features, dtype=weight_dtype, device=x.device) if needs_weight else None
     dbias = torch.empty(features, dtype=bias_dtype, device=x.device) if needs_bias else None
     if x.numel() == 0:
@@ -217,7 +231,7 @@ def _plan_backward(
     _stride: int,
     weight: torch.dtype | None,
     _bias: torch.dtype,
-    _dy: torch.dtype,
+    dy: torch.dtype,
     offsets: torch.dtype | None,
 ) -> _Backward:
     block = triton.next_power_of_2(features)
@@ -226,18 +240,19 @@ def _plan_backward(
     needs = {"NEEDS_X": needs_x, "NEEDS_WEIGHT": needs_weight, "NEEDS_BIAS": needs_bias}
     rest = {"LAYOUT": layout, "SPARE": offsets is not None, "ACC": wide(dtype)}
     kernel = kernels._norm_bwd_kernel
-    if block > _WIDE_BACKWARD:
+    if block > _WIDE_BACKWARD or block * dtype.itemsize > 4 * _WIDE_BACKWARD:
         kernel = kernels._norm_bwd_wide_kernel
         means = Launcher(kernels._norm_bwd_means_kernel, device, {**common, **rest, "BLOCK": _CHUNK}, num_warps=8)
         rows, block, warps = 4, _CHUNK // 4, 4
         columns = triton.cdiv(features, block)
         programs = max(1, 8 * processors(device) // columns)
     else:
-        rows, warps, resident, depth = backward_tile(block)
+        size = max(dtype.itemsize, dy.itemsize)
+        rows, warps, resident, depth = backward_tile(block, size, shared_memory(device))
         programs, stages = resident * processors(device), {"STAGES": depth}
     tile = {"ROWS": rows, "BLOCK": block}
     launch = Launcher(kernel, device, {**common, **needs, **rest, **tile, **stages}, num_warps=warps)
-    width = min(32, triton.next_power_of_2(features))
-    summing = {"M": features, "FIRST": int(not needs_weight), "ACC": wide(dtype), "ROWS": 128, "BLOCK": width}
-    total = Launcher(kernels._norm_bwd_sum_kernel, device, summing, num_warps=4)
+    parts, width, sum_warps = sum_tile(features)
+    summing = {"M": features, "FIRST": int(not needs_weight), "ACC": wide(dtype), "ROWS": parts, "BLOCK": width}
+    total = Launcher(kernels._norm_bwd_sum_kernel, device, summing, num_warps=sum_warps)
     return _Backward(means, launch, total, rows, programs, columns, triton.cdiv(features, width))

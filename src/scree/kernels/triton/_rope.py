@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import triton
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ... import _offsets
 from ..._array import Array
@@ -17,7 +16,7 @@ from . import _rope_kernels as kernels
 from ._launch import Launcher, device_number, is_plain
 from ._segment_launch import Known
 from ._segment_launch import forward as reduce_segments
-from ._views import FLOATING, Once, specialised, under_functorch, why_not_differentiable, wide
+from ._views import FLOATING, Once, like, once, specialised, under_functorch, why_not_differentiable, wide
 
 _LAUNCHERS: dict[Any, Launcher] = {}
 
@@ -63,7 +62,7 @@ def _forward(
     interleaved: bool,
     inverse: bool,
 ) -> torch.Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = like(x)
     if y.numel() == 0:
         return y
     tokens, dim = x.shape[0], x.shape[-1]
@@ -119,7 +118,7 @@ class _Rope(Function):
         return _forward(x, cos, sin, offsets, starts, begin, interleaved, False)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, cos, sin, offsets, starts = ctx.saved_tensors
         begin, interleaved = ctx.how

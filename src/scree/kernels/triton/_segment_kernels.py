@@ -208,7 +208,6 @@ def _rows_kernel(
     offsets_ptr,
     out_ptr,
     list_ptr,
-    counts_ptr,
     rows: "i64",
     total: "i64",
     cols: "i64",
@@ -233,7 +232,10 @@ def _rows_kernel(
     PART: tl.constexpr,
     LISTED: tl.constexpr,
 ):
-    """ROWS sequences: the short ones together, those of medium length one by one; longer ones are put on the list."""
+    """ROWS sequences: the short ones together, those of medium length one by one; longer ones are put on the list.
+
+    Without a list they are taken for medium ones, which nobody had reason to expect. The list begins behind 4 counts.
+    """
     pid = tl.program_id(0)
     column = pid % columns
     first = column.to(tl.int64) * BLOCK
@@ -259,8 +261,11 @@ def _rows_kernel(
                 OP, INNER, OUTER, NOTHING, PADDING, ACC, BLOCK, SHORT, SHORT_LANES, SHORT, TILE, ROWS,
             )  # fmt: skip
     if longest > SHORT:
-        mine = (lengths > SHORT) & (lengths <= MEDIUM)
+        mine = lengths > SHORT
         if LISTED:
+            counts_ptr = list_ptr.to(tl.pointer_type(tl.int32))
+            list_ptr += 2
+            mine = mine & (lengths <= MEDIUM)
             if (longest > MEDIUM) & (column == 0):
                 _, parts = _parts(lengths, PART)
                 parts = tl.where(lengths > MEDIUM, parts, 0)
@@ -279,9 +284,10 @@ def _rows_kernel(
             start, length = _bounds(offsets_ptr, begin + i, rows, total, OP)
             last = column + 1
             low = column
-            if length > MEDIUM:
-                low = column * 0
-                last = columns
+            if LISTED:
+                if length > MEDIUM:
+                    low = column * 0
+                    last = columns
             for c in range(low, last):
                 _part(
                     x_ptr, dy_ptr, y_ptr, out_ptr, out_ptr, begin + i, start, length, length, first + (c - column) * BLOCK,
@@ -298,7 +304,6 @@ def _list_kernel(
     offsets_ptr,
     out_ptr,
     list_ptr,
-    counts_ptr,
     states_ptr,
     rows: "i64",
     total: "i64",
@@ -318,6 +323,8 @@ def _list_kernel(
     LAST: tl.constexpr,
 ):
     """What is on the list, part after part; with LAST those sequences whose parts have left their states."""
+    counts_ptr = list_ptr.to(tl.pointer_type(tl.int32))
+    list_ptr += 2
     count = tl.minimum(tl.load(counts_ptr), capacity) * columns  # in 32 bits: an item has thousands of elements
     if LAST:
         count *= tl.load(counts_ptr + 3)

@@ -11,6 +11,7 @@ import triton.language as tl
 from ..._array import Array
 from . import _segment_kernels as kernels
 from ._launch import Launcher, capability, device_number, processors
+from ._views import like
 
 OPS = {"softmax": 0, "sum": 1, "mean": 2, "max": 3, "min": 4, "logsumexp": 5}
 GRADIENT = 6  # what the number of an op has more for its gradient
@@ -25,22 +26,28 @@ _ACC = {torch.float32: tl.float32, torch.float64: tl.float64, torch.int64: tl.in
 
 
 class Known(NamedTuple):
-    """What the host knows of the lengths: bounds, and whether every token lies in a sequence."""
+    """What the host knows of the lengths.
 
-    shortest: int = 0
+    `covered` is whether every token is certain to lie in a sequence, `full` whether it should, by what offsets mean.
+    """
+
     longest: int = _UNKNOWN
     covered: bool = False
+    full: bool = False
+
+
+_NOTHING = Known()
 
 
 def known(arr: Array) -> Known:
     """What is known of an Array without a look at the device."""
+    if torch.compiler.is_compiling():
+        return _NOTHING
     structure = arr._structure
-    host = structure.host
-    if host is None or torch.compiler.is_compiling():
-        return Known()
-    if structure.min_length is None:
-        structure.measure(host)
-    return Known(structure.min_length or 0, structure.longest(host), int(host[-1]) == arr.total_length)
+    host, bound = structure.host, structure.max_length
+    if host is not None:
+        return Known(structure.longest(host), int(host[-1]) == arr.total_length, not structure.spare)
+    return Known(_UNKNOWN if bound is None else bound, False, not structure.spare)
 
 
 class Tiles(NamedTuple):
@@ -85,7 +92,16 @@ class _Plan(NamedTuple):
     last: Launcher
 
 
-_PLANS: dict[Any, _Plan] = {}
+class _Kind(NamedTuple):
+    """One op on one kind of values: what it is computed in, the tiles, memory that is not used, and the kernels."""
+
+    acc: torch.dtype
+    tiles: Tiles
+    unused: torch.Tensor
+    plans: dict[tuple[int, bool], _Plan]
+
+
+_KINDS: dict[Any, _Kind] = {}
 
 
 class _Shape(NamedTuple):
@@ -128,19 +144,15 @@ def _together(rows: int, shape: _Shape, block: int, device: int) -> int:
 def _plan(
     op: int,
     device: int,
-    dtypes: tuple[torch.dtype, ...],
+    dtype: torch.dtype,
     acc: torch.dtype,
     shape: _Shape,
     t: Tiles,
     rows: int,
     far: bool,
 ) -> _Plan:
-    """Return the kernels with `rows` sequences a program and, if `far`, a list of the long ones."""
-    key = (op, device, dtypes, shape.inner, shape.outer > 1, rows, far)
-    found = _PLANS.get(key)
-    if found is not None:
-        return found
-    nothing, padding = _limits(op, dtypes[0])
+    """Make the kernels with `rows` sequences a program and, if `far`, a list of the long ones."""
+    nothing, padding = _limits(op, dtype)
     shared = {
         "OP": op,
         "INNER": shape.inner,
@@ -164,15 +176,14 @@ def _plan(
         "LISTED": far,
     }
     # As measured on an H200, more programs are worth more than their registers here, and nothing spills for them.
-    capped = op < GRADIENT and t.block == 1 and dtypes[0].itemsize == 2 and capability(device) == (9, 0)
+    capped = op < GRADIENT and t.block == 1 and dtype.itemsize == 2 and capability(device) == (9, 0)
     cap: dict[str, Any] = {"maxnreg": 96} if capped else {}
     parts = {"STEPS": max(1, t.part_tile // (t.part_lanes * t.block)), "LANES": t.part_lanes, "PART": t.part}
-    found = _PLANS[key] = _Plan(
+    return _Plan(
         Launcher(kernels._rows_kernel, device, shared | warp, num_warps=1, **_EXACT, **cap),
         Launcher(kernels._list_kernel, device, shared | parts | {"LAST": False}, num_warps=t.warps, **_EXACT),
         Launcher(kernels._list_kernel, device, shared | parts | {"LAST": True}, num_warps=t.warps, **_EXACT),
     )
-    return found
 
 
 def _integers(x: torch.Tensor) -> torch.Tensor:
@@ -181,9 +192,12 @@ def _integers(x: torch.Tensor) -> torch.Tensor:
 
 def forward(op: int, x: torch.Tensor, offsets: torch.Tensor, ragged_dim: int, lengths: Known) -> torch.Tensor:
     """The softmax of x along its ragged axis, or its reduction, (B, *features)."""
-    features = (*x.shape[:ragged_dim], *x.shape[ragged_dim + 1 :])
-    y = torch.empty(x.shape if op == 0 else (offsets.shape[0] - 1, *features), dtype=x.dtype, device=x.device)
-    x = x.contiguous()
+    if op == 0:
+        y = like(x)
+    else:
+        shape = (offsets.shape[0] - 1, *x.shape[:ragged_dim], *x.shape[ragged_dim + 1 :])
+        y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    x = x if x.is_contiguous() else x.contiguous()
     _launch(op, (x, x, x), offsets, y, _shape(x, ragged_dim), lengths)
     return y
 
@@ -198,7 +212,7 @@ def backward(
     lengths: Known,
 ) -> torch.Tensor:
     """The gradient of `forward`: x is its result where that is a softmax, otherwise what it was given."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = like(x)
     if op in (1, 2):
         x = dx  # of which only the shape counts
     tensors = x.contiguous(), dy.contiguous(), y.contiguous()
@@ -213,25 +227,36 @@ def _launch(
     if out.numel() == 0:
         return
     device, rows, cols = device_number(out), offsets.shape[0] - 1, shape.outer * shape.inner
-    acc = out.dtype if out.dtype == torch.float64 else torch.float32 if out.is_floating_point() else torch.int64
-    t = tiles(shape.inner, out.itemsize, acc.itemsize, op >= GRADIENT)
+    dtype = out.dtype
+    key = (op, device, dtype, offsets.dtype, tensors[1].dtype, tensors[2].dtype, shape.inner, shape.outer > 1)
+    kind = _KINDS.get(key)
+    if kind is None:
+        acc = dtype if dtype == torch.float64 else torch.float32 if dtype.is_floating_point else torch.int64
+        t = tiles(shape.inner, out.itemsize, acc.itemsize, op >= GRADIENT)
+        kind = _KINDS[key] = _Kind(acc, t, torch.empty(1, dtype=acc, device=out.device), {})
+    acc, t, unused, plans = kind
     columns = -(-cols // t.block)
-    spare = (op == 0 or op >= GRADIENT) and not known.covered  # what lies beyond the last sequence is one, too
-    longest = shape.total if spare else min(known.longest, shape.total)
-    far, cut = longest > t.medium, longest >= 2 * t.part and op not in _UNFOLDED
-    together = _together(rows + spare, shape, t.block, device)
-    dtypes = (out.dtype, offsets.dtype, tensors[1].dtype, tensors[2].dtype)
-    plan = _plan(op, device, dtypes, acc, shape, t, together, far)
-    capacity = shape.total // t.medium if far else 0
+    beyond = (op == 0 or op >= GRADIENT) and not known.covered  # what lies beyond the last sequence is one, too
+    longest = shape.total if beyond and not known.full else min(known.longest, shape.total)
+    far = longest > t.medium
+    together = _together(rows + beyond, shape, t.block, device)
+    plan = plans.get((together, far))
+    if plan is None:
+        plan = plans[together, far] = _plan(op, device, dtype, acc, shape, t, together, far)
+    grid = -(-(rows + beyond) // together) * columns, 1, 1
+    if dtype == torch.bool:
+        tensors, out = tuple(map(_integers, tensors)), _integers(out)
+    if not far:
+        plan.rows(grid, (*tensors, offsets, out, offsets), (rows, shape.total, cols, columns, 0))
+        return
+    capacity = shape.total // t.medium
     scalars = (rows, shape.total, cols, columns, capacity)
-    # How many entries the list has, how many were taken, in two passes, and whether any sequence has several.
-    counts = torch.zeros(4, dtype=torch.int32, device=out.device) if far else offsets
-    entries = torch.empty(capacity, dtype=torch.int64, device=out.device) if far else offsets
-    given = (*map(_integers, tensors), offsets, _integers(out), entries, counts)
-    plan.rows((-(-(rows + spare) // together) * columns, 1, 1), given, scalars)
-    if far:
-        programs = min(capacity * columns, 8 * processors(device)), 1, 1
-        states = torch.empty((capacity * columns * 2 * t.block) if cut else 1, dtype=acc, device=out.device)
-        plan.parts(programs, (*given, states), scalars)
-        if cut:
-            plan.last(programs, (*given, states), scalars)
+    # Before the list: how many entries it has, how many were taken, in two passes, and whether any sequence has several.
+    given = (*tensors, offsets, out, torch.zeros(2 + capacity, dtype=torch.int64, device=out.device))
+    plan.rows(grid, given, scalars)
+    cut = longest >= 2 * t.part and op not in _UNFOLDED
+    states = torch.empty(capacity * columns * 2 * t.block, dtype=acc, device=out.device) if cut else unused
+    programs = min(capacity * columns, 8 * processors(device)), 1, 1
+    plan.parts(programs, (*given, states), scalars)
+    if cut:
+        plan.last(programs, (*given, states), scalars)

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..._array import Array
 from ._launch import is_plain
 from ._segment_launch import OPS, Known, backward, forward, known
-from ._views import Once, under_functorch, why_not_differentiable
+from ._views import Once, once, under_functorch, why_not_differentiable
 
 _READS_VALUES = (3, 4, 5)  # the reductions whose gradient looks at the values
 
@@ -52,7 +51,7 @@ class _Segments(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, y, offsets = ctx.saved_tensors
         op, ragged_dim, lengths, shape = ctx.how

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch._C._functorch as functorch
 import triton.language as tl
 from torch.autograd import Function, forward_ad
+from torch.autograd.function import once_differentiable
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that the floating kernels load and store."""
+
+
+def like(x: torch.Tensor) -> torch.Tensor:
+    """Memory for a contiguous tensor like x, in as little time as PyTorch takes."""
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 class Rows(NamedTuple):
@@ -73,6 +81,17 @@ class Once(Function):
         raise NotImplementedError(
             "scree.kernels: Triton's kernels are differentiable once; implementation='reference' is twice"
         )
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a gradient be computed that has none itself: PyTorch's `once_differentiable` where that makes a difference."""
+    refusing = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def gradient(ctx: Any, *grads: torch.Tensor) -> Any:
+        return refusing(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return gradient
 
 
 def under_functorch() -> bool:
