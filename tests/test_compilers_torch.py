@@ -1,6 +1,8 @@
 """PyTorch's compilers and transformations over programs that pack outside and compute inside."""
 
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -250,3 +252,26 @@ def test_torch_data_loader_pins_and_moves(torch):
     got = list(loader)
     assert [len(a) for a in got] == [2, 2, 1]
     np.testing.assert_array_equal(xp.to_np(scree.concat(got).values), xp.to_np(arr.values))
+
+
+FIRST_USE = """
+import torch
+import scree
+
+@torch.compile(fullgraph=True, backend="eager")
+def attend(x, offsets):
+    arr = scree.Array(x, offsets)
+    return scree.kernels.varlen_attention(arr, arr, arr, causal=True).values
+
+x = torch.linspace(-1, 1, 60).reshape(10, 2, 3)
+offsets = torch.tensor([0, 4, 10], dtype=torch.int32)
+compiled = [attend(x, offsets) for _ in range(2)]
+arr = scree.Array(x, offsets)
+expected = scree.kernels.varlen_attention(arr, arr, arr, causal=True, implementation="reference").values
+for actual in compiled:
+    torch.testing.assert_close(actual, expected)
+"""
+
+
+def test_the_first_use_may_be_inside_of_a_compiled_function(torch):
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FIRST_USE], check=True, timeout=300)

@@ -48,13 +48,27 @@ def load(name: str) -> Backend:
     ImportError
         The framework cannot be imported.
     """
+    if name == "torch" and _is_traced():
+        from ._in_dynamo import backend
+
+        return backend
+    return bring(name)
+
+
+def bring(name: str) -> Backend:
+    """Do what `load` does, untraced."""
     found = _LOADED.get(name)
     if found is None:
-        found = cast(Backend, importlib.import_module(f"{__name__}.{name}"))
-        _LOADED[name] = found
+        found = _LOADED[name] = cast(Backend, importlib.import_module(f"{__name__}.{name}"))
         for hook in _HOOKS:
             hook(found)
     return found
+
+
+def _is_traced() -> bool:
+    """Whether Dynamo traces this, which carries out an import statement, and refuses `import_module`."""
+    compiler = getattr(sys.modules.get("torch"), "compiler", None)
+    return compiler is not None and compiler.is_compiling()
 
 
 def on_load(hook: Callable[[Backend], None]) -> None:
