@@ -80,7 +80,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         _MLX_FAST,
         _REFERENCE,
     ),
-    "varlen_layernorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _MLX_FAST_NORM, _REFERENCE),
+    "varlen_layernorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST_NORM, _REFERENCE),
     "varlen_reduce": (
         _triton(*_FLOATING, *_INTEGERS, "bool"),
         _TORCH_NATIVE,
@@ -90,8 +90,8 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         _MLX_FAST,
         _REFERENCE,
     ),
-    "varlen_rmsnorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _MLX_FAST_NORM, _REFERENCE),
-    "varlen_rope": (_triton(*_FLOATING), _NUMBA, _REFERENCE),
+    "varlen_rmsnorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST_NORM, _REFERENCE),
+    "varlen_rope": (_triton(*_FLOATING), _NUMBA, _JAX_XLA, _REFERENCE),
     "varlen_softmax": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST, _REFERENCE),
 }
 
