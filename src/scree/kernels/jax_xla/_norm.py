@@ -134,9 +134,7 @@ def _masked(x: Dense, used: Dense | None) -> Dense:
 
 
 @partial(_custom_vjp, nondiff_argnums=(0, 1))
-def _norm(
-    eps: float, centred: bool, x: Dense, weight: Dense | None, bias: Dense | None, used: Dense | None
-) -> Dense:
+def _norm(eps: float, centred: bool, x: Dense, weight: Dense | None, bias: Dense | None, used: Dense | None) -> Dense:
     """Tokens (N, M) normalised; `used`, (N, 1), says which of them count."""
     return _norm_fwd(eps, centred, x, weight, bias, used)[0]
 
@@ -146,9 +144,11 @@ def _norm_fwd(
 ) -> tuple[Dense, tuple[Any, ...]]:
     def of_block(_: Dense, x: Dense) -> tuple[tuple[Dense, ...], tuple[Dense, ...]]:
         x = _wide(x)
-        mean = (_mean(x),) if centred else ()
-        c = x - mean[0] if centred else x
-        return (*mean, 1.0 / lax.sqrt(_mean(c * c) + eps)), ()
+        if not centred:
+            return (1.0 / lax.sqrt(_mean(x * x) + eps),), ()
+        mean = _mean(x)
+        c = x - mean
+        return (mean, 1.0 / lax.sqrt(_mean(c * c) + eps)), ()
 
     stats, _ = _through(of_block, x)
     y = _unit(x, stats)
