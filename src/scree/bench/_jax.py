@@ -49,12 +49,10 @@ def _by_padding(longest: int) -> _Call:
 
 
 def _by_cudnn_padded(longest: int) -> _Call:
-    attend: Any = cast("Any", jax.nn.dot_product_attention)  # whose types fit no call with cuDNN
-
     def run(q: Any, k: Any, v: Any, offsets: Any) -> Any:
         arr, lengths = scree.Array(q, offsets), offsets[1:] - offsets[:-1]
         index = jnp.minimum(offsets[:-1, None] + jnp.arange(longest), len(q) - 1)
-        out = attend(
+        out = jax.nn.dot_product_attention(
             q[index],
             k[index],
             v[index],
@@ -73,7 +71,8 @@ def _by_cudnn_packed(q: Any, k: Any, v: Any, offsets: Any) -> Any:
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     lengths = (offsets[1:] - offsets[:-1])[None]
-    return cudnn.dot_product_attention(
+    attend = cast("Any", cudnn.dot_product_attention)  # whose result is an object to its types
+    return attend(
         *(x[None] for x in (q, k, v)),
         q_seqlen=lengths,
         kv_seqlen=lengths,
