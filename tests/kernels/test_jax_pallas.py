@@ -79,8 +79,7 @@ OPTIONS = {
 OTHER = (13, 7, 0, 90)  # keys of cross-attention: fewer, none at all, more
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("k_lengths", [LENGTHS, OTHER], ids=["self", "cross"])
+@pytest.mark.parametrize(("name", "k_lengths"), [("causal", LENGTHS), *((name, OTHER) for name in OPTIONS)], ids=str)
 def test_results_and_gradients(jx, interpreted, name, k_lengths):
     given = arr_of(jx, LENGTHS, (4, 12)), *(arr_of(jx, k_lengths, (2, d), i) for i, d in ((1, 12), (2, 20)))
     got, want = (results(jx, given, impl, **OPTIONS[name]) for impl in (NAME, "reference"))
