@@ -22,10 +22,19 @@ def packages() -> tuple[str, ...]:
     return PACKAGES + tuple(name for name in PEERS if importlib.util.find_spec(name) is not None)
 
 
+def device(part: str) -> dict[str, Any]:
+    """The GPU that JAX has here, in place of the processor."""
+    if part != "jax":
+        return {}
+    import jax
+
+    return {"device": jax.devices()[0].device_kind} if jax.default_backend() == "gpu" else {}
+
+
 def rows(part: str, seconds: float = 4.0, *, busy: bool = False) -> Iterator[dict[str, Any]]:
     """Time every contender of every op and workload; a dictionary each."""
     clock = time.process_time if busy else time.perf_counter
-    rates = bench.measured_rates(clock)
     for framework in PARTS[part]:
+        rates = bench.rates(framework, clock)
         for contest in bench.contests(framework):
             yield from bench.measure(contest, rates, seconds, clock)

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import scree
 from scree.bench import interleaved, processor
 
 __all__ = ["RESULTS", "interleaved", "machine", "save"]
@@ -18,14 +19,27 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine(packages: tuple[str, ...]) -> dict[str, Any]:
-    """Say what this is measured on: device, system, versions, and the commit of the checkout."""
+    """Say what this is measured on: device, system, versions of what is installed, and the commit of the checkout.
+
+    Where the checkout has no history, SCREE_COMMIT names its commit.
+    """
+    known = os.environ.get("SCREE_COMMIT")
     return {
         "device": f"{processor()}, {os.cpu_count()} cores",
         "system": f"{platform.system()} {platform.machine()}, CPython {platform.python_version()}",
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "commit": _git("rev-parse", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--", "src")),
+        "versions": {name: version for name in packages if (version := _version(name))},
+        "commit": known or _git("rev-parse", "HEAD"),
+        "changed": known is None and bool(_git("status", "--porcelain", "--", "src")),
     }
+
+
+def _version(package: str) -> str | None:
+    if package == "scree":
+        return scree.__version__
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str:

@@ -60,7 +60,7 @@ def main() -> None:
     if arguments.part in ("cpu", "jax"):
         import bench_kernels
 
-        facts |= {"goal": bench_kernels.GOAL, "threads": bench_kernels.THREADS}
+        facts |= {"goal": bench_kernels.GOAL, "threads": bench_kernels.THREADS} | bench_kernels.device(arguments.part)
         packages, rows = (
             bench_kernels.packages(),
             bench_kernels.rows(arguments.part, arguments.seconds, busy=arguments.busy),

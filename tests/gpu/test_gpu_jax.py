@@ -1,4 +1,4 @@
-"""The room jax_xla on JAX's GPU: right against the reference, a row's bits its own, and nothing added up in any order."""
+"""The rooms jax_xla and jax_pallas on JAX's GPU: right against the reference, a row's bits its own, and nothing added up in any order."""
 
 import numpy as np
 import pytest
@@ -26,8 +26,13 @@ def arr_of(features, seed=0):
     return scree.Array(values, jnp.asarray(np.array(oracle.offsets_of(LENGTHS), np.int32)))
 
 
+def attend(a, name):
+    """Causal attention of an Array with itself, by both rooms; halves as float32."""
+    return kernels.varlen_attention(a, a, a, causal=True, implementation=name).values
+
+
 CALLS = {
-    "attention": ((4, 64), lambda a, name: kernels.varlen_attention(a, a, a, causal=True, implementation=name).values),
+    "attention": ((4, 64), attend),
     "softmax": ((96,), lambda a, name: kernels.varlen_softmax(a, implementation=name).values),
     "softmax of few": ((3,), lambda a, name: kernels.varlen_softmax(a, implementation=name).values),
     "sum": ((96,), lambda a, name: kernels.varlen_reduce(a, "sum", implementation=name)),
@@ -46,6 +51,31 @@ def both(call, arr, implementation):
 
     (_, out), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(arr.values)
     return np.asarray(out), np.asarray(grad)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
+def test_pallas_is_right_alone_and_again(dtype, dim):
+    given = [arr_of((4 if i == 0 else 2, dim), i).astype(dtype) for i in range(3)]
+
+    def grads(given, implementation, take=slice(None)):
+        def loss(values):
+            q, k, v = (a.with_values(x) for a, x in zip(given, values, strict=True))
+            out = kernels.varlen_attention(q, k, v, causal=True, window_size=(200, None), implementation=implementation)
+            weights = jnp.asarray(normal((sum(LENGTHS), 4, dim), 7)[take].astype(np.float32))
+            return (out.values.astype("float32") * weights).sum(), out.values
+
+        (_, out), found = jax.jit(jax.value_and_grad(loss, has_aux=True))([a.values for a in given])
+        return [np.asarray(x.astype("float32")) for x in (out, *found)]
+
+    got, again = grads(given, None), grads(given, "jax_pallas")
+    want = grads([a.astype("float32") for a in given], NAME)
+    alone = grads([a[3:4] for a in given], None, slice(135, None))
+    for x, y, z, one in zip(got, again, want, alone, strict=True):
+        assert_same_bits(x, y)
+        assert_same_bits(x[135:], one)
+        rtol = 1e-5 if dtype == "float32" else 2.0**-7 if dtype == "float16" else 2.0**-5
+        assert np.abs(x - z).max() <= rtol * np.abs(z).max()
 
 
 @pytest.mark.parametrize("name", CALLS)

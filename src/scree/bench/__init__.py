@@ -7,7 +7,17 @@ module here has the contests of one framework, and imports it: `contests` is how
 from __future__ import annotations
 
 from ._contest import Contest, Rates, measure, measured_rates
-from ._frameworks import FRAMEWORKS, contests
+from ._frameworks import FRAMEWORKS, contests, rates
 from ._timing import interleaved, processor
 
-__all__ = ["FRAMEWORKS", "Contest", "Rates", "contests", "interleaved", "measure", "measured_rates", "processor"]
+__all__ = [
+    "FRAMEWORKS",
+    "Contest",
+    "Rates",
+    "contests",
+    "interleaved",
+    "measure",
+    "measured_rates",
+    "processor",
+    "rates",
+]

@@ -27,12 +27,17 @@ class Heads:
     ``others`` has lengths of as many tokens in all: what a training loop brings at the next calls.
     """
 
-    def __init__(self, sequences: int, mean: int, heads: int, dim: int) -> None:
-        self.lengths: list[int] = lengths_of(sequences, mean).tolist()
+    def __init__(
+        self, sequences: int, mean: int, heads: int, dim: int, lengths: list[int] | None = None, dtype: str = "float32"
+    ) -> None:
+        self.lengths: list[int] = lengths_of(sequences, mean).tolist() if lengths is None else lengths
+        self.dtype = dtype  # that they are cast to
         total = sum(self.lengths)
         self.offsets = _offsets(self.lengths)
         self.q, self.k, self.v, self.grad = np.random.default_rng(1).standard_normal((4, total, heads, dim), np.float32)
         self.name = f"{sequences} x ~{mean} x {heads} x {dim}"
+        if dtype != "float32":
+            self.name = f"{self.name} {dtype}"
         self.flops = sum(2.0 * n * (n + 1) for n in self.lengths) * heads * dim
         self.others: list[list[int]] = [
             lengths_of(sequences, mean, total, seed).tolist() for seed in range(1, BATCHES + 1)
@@ -69,3 +74,12 @@ def heads() -> list[Heads]:
 def tokens() -> Tokens:
     """The tokens for everything else."""
     return Tokens(*TOKENS)
+
+
+def gpu_heads() -> list[Heads]:
+    """The batches for attention on halves, which a GPU needs more of."""
+    mixed = [512, 1024, 768, 256, 2048, 384, 896, 640, 1536, 320, 1152, 480, 704, 192, 832, 416]
+    return [
+        Heads(16, sum(mixed) // 16, 16, 64, mixed, "float16"),
+        Heads(4, 8192, 16, 128, [8192] * 4, "bfloat16"),
+    ]

@@ -50,6 +50,9 @@ _TORCH_NATIVE = Impl("torch_native", ".torch_native", backends=("torch",), devic
 _NUMPY_BLAS = Impl("numpy_blas", ".numpy_blas", backends=("numpy",))
 _NUMBA = Impl("numba", ".numba_loops", backends=("numpy",), dtypes=("float16", "float32", "float64"), requires="numba")
 _JAX_XLA = Impl("jax_xla", ".jax_xla", backends=("jax",))
+_JAX_PALLAS = Impl(
+    "jax_pallas", ".jax_pallas", ("jax",), ("gpu", "cuda", "unknown"), ("float16", "bfloat16", "float32")
+)
 _MLX_FAST = Impl("mlx_fast", ".mlx_fast", backends=("mlx",))
 _MLX_FAST_NORM = _MLX_FAST._replace(dtypes=("float16", "bfloat16", "float32"))  # mx.fast narrows float64
 _REFERENCE = Impl("reference", ".reference")
@@ -76,11 +79,12 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         *_FLASH,
         _TORCH_NATIVE,
         _NUMPY_BLAS,
+        _JAX_PALLAS,
         _JAX_XLA,
         _MLX_FAST,
         _REFERENCE,
     ),
-    "varlen_layernorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _MLX_FAST_NORM, _REFERENCE),
+    "varlen_layernorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST_NORM, _REFERENCE),
     "varlen_reduce": (
         _triton(*_FLOATING, *_INTEGERS, "bool"),
         _TORCH_NATIVE,
@@ -90,8 +94,8 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         _MLX_FAST,
         _REFERENCE,
     ),
-    "varlen_rmsnorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _MLX_FAST_NORM, _REFERENCE),
-    "varlen_rope": (_triton(*_FLOATING), _NUMBA, _REFERENCE),
+    "varlen_rmsnorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST_NORM, _REFERENCE),
+    "varlen_rope": (_triton(*_FLOATING), _NUMBA, _JAX_XLA, _REFERENCE),
     "varlen_softmax": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST, _REFERENCE),
 }
 
@@ -165,7 +169,7 @@ def mismatch(impl: Impl, arr: Array) -> str | None:
 
 
 def device_kind(arr: Array) -> str:
-    """The kind of an Array's device without its number: "cpu", "cuda", "gpu", "mps"; "unknown" under a trace."""
+    """The kind of an Array's device without its number: "cpu", "cuda", "gpu", "mps"; "unknown" under a trace of JAX."""
     device = arr.device
     kind = getattr(device, "type", None)
     if type(kind) is str:  # PyTorch's

@@ -24,7 +24,7 @@ from ..._layout import moved_from_front, moved_to_front
 from ._tiles import at, longer, safe, tiles_of
 
 _MIDDLING, _WIDE = 32, 64  # features
-_LOOPED, _GATHERED = 128, 32  # tokens of a tile
+_LOOPED, _GATHERED, _SCATTERED = 128, 32, 512  # tokens of a tile
 _INF = float("inf")
 _custom_vjp: Any = jax.custom_vjp  # whose types lose those of what it decorates
 
@@ -63,13 +63,14 @@ def _scattered(op: str, x: Dense, offsets: Dense) -> Dense:
     On other devices its order is any.
     """
     total, rows = x.shape[0], offsets.shape[0] - 1
-    tiles = tiles_of(offsets, _LOOPED)
-    most = total // _LOOPED + rows
+    tiles = tiles_of(offsets, _SCATTERED)
+    number = jnp.arange(total // _SCATTERED + rows, dtype=offsets.dtype)
+    tile = tiles.tile(number)
+    starts = jnp.where(number < tiles.all(), tile.start, total)
     places = jnp.arange(total, dtype=offsets.dtype)
-    row = jnp.minimum(jnp.searchsorted(offsets[1:], places, side="right"), rows - 1)
-    tile = tiles.bounds[row] + (places - offsets[row]) // _LOOPED
-    parts = _scatter(op, x, jnp.where(places < offsets[-1], tile, most), most)
-    return _scatter(op, parts, jnp.searchsorted(tiles.bounds[1:], jnp.arange(most), side="right"), rows)
+    index = jnp.searchsorted(starts, places, side="right") - 1
+    parts = _scatter(op, x, jnp.where(places < offsets[-1], index, len(number)), len(number))
+    return _scatter(op, parts, tile.row, rows)
 
 
 def _scatter(op: str, x: Dense, index: Dense, count: int) -> Dense:

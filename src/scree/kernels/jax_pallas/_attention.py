@@ -1,0 +1,259 @@
+"""Where each tile lies is worked out on the device; then one kernel forward, and two backward.
+
+Behind the rows comes one more, of the tokens that belong to no sequence, with nothing on the other side: so its results
+are the zeros that they have to be. Where a program is compiled for another device than an NVIDIA GPU, it is the tiles of
+`jax_xla` that it computes with.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array as Dense
+from jax import lax
+
+from ..._array import Array
+from .._rows import sides
+from ..jax_xla import _attention as portable
+from ..jax_xla._tiles import safe, tiles_of
+from . import _kernels
+from ._kernels import Launch, Options, Sides
+
+INTERPRET = False  # the tests' switch: Pallas's interpreter, which needs no GPU
+_INF = float("inf")
+_COMPARED = 1 << 26  # comparisons, up to which they are faster than a search in steps
+_custom_vjp: Any = jax.custom_vjp  # whose types lose those of what it decorates
+
+
+class _Cut(NamedTuple):
+    """How a kernel cuts its work.
+
+    Attributes
+    ----------
+    rows, step : int
+        Tokens of a tile, and of the other side a step: what bits depend on, so they follow from dtype and head dim.
+    warps, stages : int
+        Of a program; of loads in flight.
+    """
+
+    rows: int
+    step: int
+    warps: int
+    stages: int
+
+
+# kernel -> (widest head dim, cut)
+_HALF = {
+    "forward": ((64, _Cut(64, 32, 4, 3)), (128, _Cut(128, 64, 8, 3)), (256, _Cut(64, 32, 4, 2))),
+    "backward_q": ((64, _Cut(64, 32, 4, 3)), (128, _Cut(128, 64, 8, 3)), (256, _Cut(64, 32, 8, 2))),
+    "backward_kv": ((64, _Cut(64, 32, 4, 3)), (128, _Cut(64, 64, 4, 2)), (256, _Cut(64, 32, 8, 2))),
+}
+_SINGLE = {
+    "forward": ((64, _Cut(32, 32, 4, 1)), (128, _Cut(32, 32, 8, 1)), (256, _Cut(16, 16, 4, 1))),
+    "backward_q": ((64, _Cut(32, 32, 4, 1)), (128, _Cut(32, 32, 8, 1)), (256, _Cut(16, 16, 8, 1))),
+    "backward_kv": ((64, _Cut(32, 32, 4, 1)), (128, _Cut(32, 32, 8, 1)), (256, _Cut(32, 16, 8, 1))),
+}
+
+
+def _cut(kernel: str, q: Dense, v: Dense) -> _Cut:
+    width = max(q.shape[2], v.shape[2])
+    table = (_HALF if q.dtype.itemsize == 2 else _SINGLE)[kernel]
+    return next(cut for widest, cut in table if width <= widest)
+
+
+class _Fixed(NamedTuple):
+    """The options of the op that a program is compiled for."""
+
+    scale: float
+    left: int | None
+    right: int | None
+    softcap: float | None
+    interpret: bool
+
+    def portable(self) -> Any:
+        return portable._Options(self.scale, self.left, self.right, self.softcap)
+
+
+def varlen_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = False,
+    *,
+    scale: float,
+    window_size: tuple[int | None, int | None],
+    softcap: float | None,
+    sinks: Dense | None,
+    return_lse: bool,
+    deterministic: bool,
+) -> tuple[Array, Array] | Array:
+    """Compute `scree.kernels.varlen_attention`, in one pass over the tiles that any query sees."""
+    fixed = _Fixed(scale, *sides(causal, window_size), softcap, INTERPRET)
+    o, lse = _compute(q.values, k.values, v.values, q.offsets, k.offsets, sinks, fixed, return_lse)
+    out = q.with_values(o)
+    return (out, q.with_values(lse)) if return_lse else out
+
+
+@partial(jax.jit, static_argnames=("fixed", "return_lse"))
+def _compute(
+    q: Dense,
+    k: Dense,
+    v: Dense,
+    q_offsets: Dense,
+    k_offsets: Dense,
+    sinks: Dense | None,
+    fixed: _Fixed,
+    return_lse: bool,
+) -> tuple[Dense, Dense | None]:
+    if q_offsets.shape[0] == 1 or 0 in (*q.shape, *k.shape, *v.shape):  # nothing that a kernel could be given
+        return portable._compute(q, k, v, q_offsets, k_offsets, sinks, fixed.portable())
+    q_offsets, k_offsets = safe(q_offsets, q.shape[0]), safe(k_offsets, k.shape[0])
+    o, lse = _attend(fixed, q, k, v, sinks, q_offsets, k_offsets)
+    if not return_lse:
+        return o, None
+    used = jnp.arange(q.shape[0]) < q_offsets[-1]
+    return o, jnp.where(used[:, None], lse.T, 0)
+
+
+def _tiles(offsets: Dense, total: int, other: Dense, of: Sides, size: int) -> Dense:
+    """(tiles, 5): begin, first, length, other, other_length of every tile, those with the most to do first."""
+    rows = offsets.shape[0] - 1
+    offsets = jnp.concatenate([offsets.at[0].set(0), jnp.full((1,), total, offsets.dtype)])
+    other = jnp.concatenate([other, other[-1:]]).astype(offsets.dtype)
+    most = total // size + rows + 1
+    tiles = tiles_of(offsets, size)
+    number = jnp.arange(most, dtype=offsets.dtype)
+    method = "compare_all" if most * rows <= _COMPARED else "scan"
+    row = jnp.searchsorted(tiles.bounds[1:], number, side="right", method=method).astype(offsets.dtype)
+    row = jnp.minimum(row, rows)
+    first = (number - tiles.bounds[row]) * size
+    length, m = offsets[row + 1] - offsets[row], other[row + 1] - other[row]
+    left, right = of
+    place = first + m - length
+    low = 0 if left is None else jnp.clip(place - left, 0, m)
+    high = m if right is None else jnp.clip(place + size + right, 0, m)
+    work = jnp.where(first < length, high - low, -1)
+    return jnp.stack((offsets[row] + first, first, length, other[row], m), 1)[jnp.argsort(-work)]
+
+
+def _launch(
+    kernel: str, fixed: _Fixed, q: Dense, v: Dense, heads: int, group: int, sides: Any, out: Any, *given: Any
+) -> Any:
+    offsets, total, other = sides
+    cut = _cut(kernel, q, v)
+    of = (fixed.right, fixed.left) if kernel == "backward_kv" else (fixed.left, fixed.right)
+    tiles = _tiles(offsets, total, other, of, cut.rows)
+    options = Options(*fixed[:4], group=group, rows=cut.rows, step=cut.step)
+    launch = Launch(heads, cut.warps, cut.stages, fixed.interpret)
+    return _kernels.call(getattr(_kernels, kernel), options, launch, out, tiles, *given)
+
+
+def _like(x: Dense) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _where_compiled(fixed: _Fixed, kernels: Any, tiles: Any, *given: Any) -> Any:
+    """Compute with kernels on NVIDIA GPUs, and elsewhere with tiles."""
+    if fixed.interpret:
+        return kernels(fixed, *given)
+    return lax.platform_dependent(*given, cuda=partial(kernels, fixed), default=partial(tiles, fixed))
+
+
+@partial(_custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    fixed: _Fixed, q: Dense, k: Dense, v: Dense, sinks: Dense | None, q_offsets: Dense, k_offsets: Dense
+) -> tuple[Dense, Dense]:
+    """o (T, H, D_v) and lse (H, T)."""
+    return _where_compiled(fixed, _kernel_forward, _tiles_forward, q, k, v, sinks, q_offsets, k_offsets)
+
+
+def _forward(fixed: _Fixed, *given: Any) -> tuple[tuple[Dense, Dense], tuple[Any, ...]]:
+    o, lse = _attend(fixed, *given)
+    return (o, lse), (*given, o, lse)
+
+
+def _backward(fixed: _Fixed, kept: tuple[Any, ...], grads: tuple[Dense, Dense]) -> tuple[Any, ...]:
+    return (*_where_compiled(fixed, _kernel_backward, _tiles_backward, *kept, *grads), None, None)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _kernel_forward(
+    fixed: _Fixed, q: Dense, k: Dense, v: Dense, sinks: Dense | None, q_offsets: Dense, k_offsets: Dense
+) -> tuple[Dense, Dense]:
+    total, heads, _ = q.shape
+    out = (
+        jax.ShapeDtypeStruct((total, heads, v.shape[2]), q.dtype),
+        jax.ShapeDtypeStruct((heads, total), jnp.float32),
+    )
+    more = () if sinks is None else (sinks.astype(jnp.float32),)
+    group, of = heads // k.shape[1], (q_offsets, total, k_offsets)
+    o, lse = _launch("forward", fixed, q, v, heads, group, of, out, q, k, v, *more)
+    return o, lse
+
+
+def _kernel_backward(
+    fixed: _Fixed,
+    q: Dense,
+    k: Dense,
+    v: Dense,
+    sinks: Dense | None,
+    q_offsets: Dense,
+    k_offsets: Dense,
+    o: Dense,
+    lse: Dense,
+    g: Dense,
+    g_lse: Dense,
+) -> tuple[Any, ...]:
+    heads, kv_heads = q.shape[1], k.shape[1]
+    group = heads // kv_heads
+    pull = g_lse - (g.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1).T
+    top = jnp.where(lse == -_INF, _INF, lse * _kernels.LOG2E)
+    given = q, k, v, g, top, pull
+    of = q_offsets, q.shape[0], k_offsets
+    dq = _launch("backward_q", fixed, q, v, heads, group, of, _like(q), *given)
+    of = k_offsets, k.shape[0], q_offsets
+    dk, dv = _launch("backward_kv", fixed, q, v, kv_heads, group, of, (_like(k), _like(v)), *given)
+    if sinks is None:
+        return dq, dk, dv, None
+    used = jnp.arange(q.shape[0]) < q_offsets[-1]
+    each = jnp.where(used, jnp.exp(sinks.astype(jnp.float32)[:, None] - lse) * pull, 0)
+    return dq, dk, dv, each.sum(-1).astype(sinks.dtype)
+
+
+def _by_heads(x: Dense, kv_heads: int) -> Dense:
+    """(T, H, D) as (K, G, T, D), in float32."""
+    return jnp.moveaxis(x.astype(jnp.float32), 0, 1).reshape(kv_heads, -1, x.shape[0], x.shape[2])
+
+
+def _by_tokens(x: Dense, like: Dense) -> Dense:
+    """(K, G, T, D) as (T, H, D)."""
+    return jnp.moveaxis(x.reshape(like.shape[1], like.shape[0], -1), 0, 1).astype(like.dtype)
+
+
+def _as_tiles(q: Dense, k: Dense, v: Dense, sinks: Dense | None, *offsets: Dense) -> tuple[Any, ...]:
+    kv_heads = k.shape[1]
+    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(kv_heads, -1)
+    return _by_heads(q, kv_heads), _by_heads(k, kv_heads)[:, 0], _by_heads(v, kv_heads)[:, 0], sink, *offsets
+
+
+def _tiles_forward(fixed: _Fixed, *given: Any) -> tuple[Dense, Dense]:
+    q = given[0]
+    o, lse = portable._attend(fixed.portable(), *_as_tiles(*given))
+    return _by_tokens(o, q), lse.reshape(q.shape[1], q.shape[0])
+
+
+def _tiles_backward(fixed: _Fixed, *given: Any) -> tuple[Any, ...]:
+    *arrays, o, lse, g, g_lse = given
+    q, k, v, sinks = arrays[:4]
+    kv_heads = k.shape[1]
+    of_heads = kv_heads, -1, q.shape[0]
+    kept = (*_as_tiles(*arrays), _by_heads(o, kv_heads), lse.reshape(of_heads))
+    grads = _by_heads(g, kv_heads), g_lse.reshape(of_heads)
+    dq, dk, dv, dsinks, *_ = portable._backward(fixed.portable(), kept, grads)
+    dsinks = None if sinks is None else dsinks.reshape(sinks.shape).astype(sinks.dtype)
+    return _by_tokens(dq, q), _by_tokens(dk, k), _by_tokens(dv, v), dsinks
