@@ -91,7 +91,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         _REFERENCE,
     ),
     "varlen_rmsnorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _MLX_FAST_NORM, _REFERENCE),
-    "varlen_rope": (_triton(*_FLOATING), _NUMBA, _REFERENCE),
+    "varlen_rope": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _REFERENCE),
     "varlen_softmax": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST, _REFERENCE),
 }
 

@@ -129,6 +129,13 @@ def sides(causal: bool, window_size: tuple[int | None, int | None]) -> tuple[int
     return left, right
 
 
+def places(offsets: HostInts, start: int | HostInts) -> HostInts:
+    """The place of every token in its row, plus `start`, one for all rows or (B,): (T,), int64."""
+    lengths = np.diff(offsets)
+    first = np.broadcast_to(np.asarray(start, np.int64), lengths.shape) - offsets[:-1]
+    return np.arange(int(offsets[-1]), dtype=np.int64) + np.repeat(first, lengths)
+
+
 def used_only(arr: Array, x: Dense) -> Dense:
     """x with zeros in place of the tokens that belong to no sequence, so that they neither count nor get a gradient.
 

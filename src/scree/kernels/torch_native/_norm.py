@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._array import Array
 from .._rows import used_only
-from ._common import empty, wide
+from ._common import Operator, empty, wide
 
 _BLOCK = 1 << 19  # elements of a block of tokens: small for the cache, and large beside the cost of waking threads
 
@@ -116,29 +116,48 @@ def _layernorm_bwd(
     return dx, dw if weight is None else dw.to(weight.dtype), db if bias is None else db.to(bias.dtype)
 
 
-rmsnorm = torch.library.custom_op(
-    "scree::varlen_rmsnorm",
-    _rmsnorm,
-    mutates_args=(),
-    schema="(Tensor x, Tensor? weight, float eps) -> Tensor",
-)
-rmsnorm_bwd = torch.library.custom_op(
-    "scree::varlen_rmsnorm_backward",
+rmsnorm_bwd = Operator(
+    "varlen_rmsnorm_backward",
+    "(Tensor grad, Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)",
     _rmsnorm_bwd,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)",
 )
-layernorm = torch.library.custom_op(
-    "scree::varlen_layernorm",
-    _layernorm,
-    mutates_args=(),
-    schema="(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
-)
-layernorm_bwd = torch.library.custom_op(
-    "scree::varlen_layernorm_backward",
+layernorm_bwd = Operator(
+    "varlen_layernorm_backward",
+    "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
     _layernorm_bwd,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _rmsnorm_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    dx, dw = rmsnorm_bwd(grad.contiguous(), x, weight, ctx.eps)
+    return dx, None if weight is None else dw, None
+
+
+def _layernorm_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    dx, dw, db = layernorm_bwd(grad.contiguous(), x, weight, bias, ctx.eps)
+    return dx, None if weight is None else dw, None if bias is None else db, None
+
+
+rmsnorm = Operator(
+    "varlen_rmsnorm",
+    "(Tensor x, Tensor? weight, float eps) -> Tensor",
+    _rmsnorm,
+    keep=_keep,
+    backward=_rmsnorm_grads,
+)
+layernorm = Operator(
+    "varlen_layernorm",
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    _layernorm,
+    keep=_keep,
+    backward=_layernorm_grads,
 )
 
 
@@ -164,27 +183,6 @@ def _(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tenso
 @layernorm_bwd.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), _like(weight, x), _like(bias, x)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _rmsnorm_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    dx, dw = rmsnorm_bwd(grad.contiguous(), x, weight, ctx.eps)
-    return dx, None if weight is None else dw, None
-
-
-def _layernorm_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors
-    dx, dw, db = layernorm_bwd(grad.contiguous(), x, weight, bias, ctx.eps)
-    return dx, None if weight is None else dw, None if bias is None else db, None
-
-
-rmsnorm.register_autograd(_rmsnorm_grads, setup_context=_keep)
-layernorm.register_autograd(_layernorm_grads, setup_context=_keep)
 
 
 def _tokens(x: Tensor) -> Tensor:

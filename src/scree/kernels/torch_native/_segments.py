@@ -18,9 +18,10 @@ from ..._backends._protocol import HostInts
 from ..._check import integer_limits, is_integer
 from ..._layout import moved_from_front, moved_to_front
 from .._rows import TOGETHER, Rows, alike
-from ._common import empty, host, wide
+from ._common import Operator, empty, host, wide
 
 _INF = float("inf")
+_PASSES, _WIDE = 16, 512  # tokens of many features that are compared at once
 _SPLIT = 1 << 17  # elements: a longer row is computed some columns at a time
 
 
@@ -119,17 +120,23 @@ def _softmax_bwd_alone(out: Tensor, g: Tensor, y: Tensor) -> None:
     torch.ops.aten._softmax_backward_data.out(g, y, 0, y.dtype, grad_input=out)
 
 
-softmax = torch.library.custom_op(
-    "scree::varlen_softmax",
-    lambda x, offsets: _each(offsets, _softmax, wide(x.dtype), (x,), alone=_softmax_alone),
-    mutates_args=(),
-    schema="(Tensor x, Tensor offsets) -> Tensor",
-)
-softmax_bwd = torch.library.custom_op(
-    "scree::varlen_softmax_backward",
+softmax_bwd = Operator(
+    "varlen_softmax_backward",
+    "(Tensor grad, Tensor y, Tensor offsets) -> Tensor",
     lambda grad, y, offsets: _each(offsets, _softmax_bwd, y.dtype, (grad.contiguous(), y), alone=_softmax_bwd_alone),
-    mutates_args=(),
-    schema="(Tensor grad, Tensor y, Tensor offsets) -> Tensor",
+)
+
+
+def _keep_softmax(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output, inputs[1])
+
+
+softmax = Operator(
+    "varlen_softmax",
+    "(Tensor x, Tensor offsets) -> Tensor",
+    lambda x, offsets: _each(offsets, _softmax, wide(x.dtype), (x,), alone=_softmax_alone),
+    keep=_keep_softmax,
+    backward=lambda ctx, grad: (softmax_bwd(grad, *ctx.saved_tensors), None),
 )
 
 
@@ -141,13 +148,6 @@ def _(x: Tensor, offsets: Tensor) -> Tensor:
 @softmax_bwd.register_fake
 def _(grad: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     return torch.empty_like(y)
-
-
-def _keep_softmax(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output, inputs[1])
-
-
-softmax.register_autograd(lambda ctx, grad: (softmax_bwd(grad, *ctx.saved_tensors), None), setup_context=_keep_softmax)
 
 
 def _flat(arr: Array) -> Tensor:
@@ -194,23 +194,38 @@ def _of_nothing(op: str, dtype: torch.dtype) -> float | int | bool:
     return _INF if op == "min" else -_INF
 
 
+def _extreme(x: Tensor, out: Tensor, op: Callable[..., Tensor]) -> None:
+    """Reduce (n, F) by amax or amin, whose order is free: fewer and longer passes are the faster."""
+    n, features = x.shape
+    if n >= 6 * _PASSES and features >= _WIDE:
+        whole = n // _PASSES * _PASSES
+        few = op(x[:whole].view(-1, _PASSES * features), 0).view(_PASSES, features)
+        x = few if whole == n else torch.cat((few, x[whole:]))
+    op(x, 0, out=out)
+
+
 _ALONE: dict[str, Callable[..., Any]] = {
-    "sum": lambda x, out: torch.sum(x, 0, dtype=x.dtype, out=out),
-    "max": lambda x, out: torch.amax(x, 0, out=out),
-    "min": lambda x, out: torch.amin(x, 0, out=out),
+    "sum": lambda x, out: torch.sum(x, 0, out=out),
+    "max": lambda x, out: _extreme(x, out, torch.amax),
+    "min": lambda x, out: _extreme(x, out, torch.amin),
 }
 
 
 def _reduce(x: Tensor, offsets: Tensor, op: str) -> Tensor:
     bounds = host(offsets)
+    lengths = np.diff(bounds)
     features = x.shape[1]
-    out = torch.full((len(bounds) - 1, features), _of_nothing(op, x.dtype), dtype=x.dtype)
+    out = torch.full((len(lengths), features), _of_nothing(op, x.dtype), dtype=x.dtype)
     dtype = wide(x.dtype) if x.is_floating_point() else x.dtype
     alone = _ALONE.get(op) if x.dtype == dtype else None
-    parts, outs = _by_rows(x, np.diff(bounds).tolist()), out.unbind()
+    parts, outs = (_by_rows(x, lengths.tolist()), out.unbind()) if alone is not None else ((), ())
     if alone is not None:
-        for row in _long(bounds, features):
+        short = lengths <= TOGETHER // max(features, 1)
+        beside = short & (np.bincount(lengths[short])[lengths * short] > 1) if short.any() else short
+        for row in np.flatnonzero(~beside & (lengths > 0)).tolist():
             alone(parts[row], outs[row])
+        if not beside.any():
+            return out
     for rows in alike(bounds, features, only_short=alone is not None):
         if alone is not None and len(rows.numbers) == 1:
             alone(parts[rows.numbers[0]], outs[rows.numbers[0]])
@@ -267,14 +282,24 @@ def _reduce_bwd(grad: Tensor, x: Tensor, out: Tensor, offsets: Tensor, op: str) 
     return _each(offsets, lambda x, g, o: _share(g, x, o), x.dtype, (x,), (grad, out), _share_alone)
 
 
-reduce = torch.library.custom_op(
-    "scree::varlen_reduce", _reduce, mutates_args=(), schema="(Tensor x, Tensor offsets, str op) -> Tensor"
-)
-reduce_bwd = torch.library.custom_op(
-    "scree::varlen_reduce_backward",
+reduce_bwd = Operator(
+    "varlen_reduce_backward",
+    "(Tensor grad, Tensor x, Tensor out, Tensor offsets, str op) -> Tensor",
     _reduce_bwd,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor out, Tensor offsets, str op) -> Tensor",
+)
+
+
+def _keep_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, offsets, ctx.op = inputs
+    ctx.save_for_backward(x, output, offsets)
+
+
+reduce = Operator(
+    "varlen_reduce",
+    "(Tensor x, Tensor offsets, str op) -> Tensor",
+    _reduce,
+    keep=_keep_reduce,
+    backward=lambda ctx, grad: (reduce_bwd(grad, *ctx.saved_tensors, ctx.op), None, None),
 )
 
 
@@ -286,16 +311,6 @@ def _(x: Tensor, offsets: Tensor, op: str) -> Tensor:
 @reduce_bwd.register_fake
 def _(grad: Tensor, x: Tensor, out: Tensor, offsets: Tensor, op: str) -> Tensor:
     return torch.empty_like(x)
-
-
-def _keep_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, offsets, ctx.op = inputs
-    ctx.save_for_backward(x, output, offsets)
-
-
-reduce.register_autograd(
-    lambda ctx, grad: (reduce_bwd(grad, *ctx.saved_tensors, ctx.op), None, None), setup_context=_keep_reduce
-)
 
 
 def varlen_reduce(arr: Array, op: str) -> Tensor:
