@@ -69,6 +69,14 @@ def alike(offsets: HostInts, features: int, *, only_short: bool = False) -> Iter
             yield Rows(some, starts[some], length, size <= TOGETHER)
 
 
+def unlike(lengths: HostInts, features: int) -> HostInts:
+    """(B,), bool: rows that are not empty and that none is computed with: long ones, and those of a length of their own."""
+    short = lengths <= TOGETHER // max(features, 1)
+    if not short.any():
+        return lengths > 0
+    return (lengths > 0) & ~(short & (np.bincount(lengths[short])[lengths * short] > 1))
+
+
 def pairs_alike(q: HostInts, k: HostInts, heads: int, most: int) -> Iterator[tuple[HostInts, int, int]]:
     """Go through the rows that have queries: (numbers, n, m); short ones of one n and m together, to `most` scores."""
     n, m = (np.diff(x).astype(np.int64) for x in (q, k))

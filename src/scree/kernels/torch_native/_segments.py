@@ -17,7 +17,7 @@ from ..._array import Array
 from ..._backends._protocol import HostInts
 from ..._check import integer_limits, is_integer
 from ..._layout import moved_from_front, moved_to_front
-from .._rows import TOGETHER, Rows, alike
+from .._rows import TOGETHER, Rows, alike, unlike
 from ._common import Operator, empty, host, wide
 
 _INF = float("inf")
@@ -220,15 +220,14 @@ def _reduce(x: Tensor, offsets: Tensor, op: str) -> Tensor:
     alone = _ALONE.get(op) if x.dtype == dtype else None
     parts, outs = (_by_rows(x, lengths.tolist()), out.unbind()) if alone is not None else ((), ())
     if alone is not None:
-        short = lengths <= TOGETHER // max(features, 1)
-        beside = short & (np.bincount(lengths[short])[lengths * short] > 1) if short.any() else short
-        for row in np.flatnonzero(~beside & (lengths > 0)).tolist():
+        single = unlike(lengths, features)
+        for row in np.flatnonzero(single).tolist():
             alone(parts[row], outs[row])
-        if not beside.any():
+        if single[lengths > 0].all():
             return out
     for rows in alike(bounds, features, only_short=alone is not None):
         if alone is not None and len(rows.numbers) == 1:
-            alone(parts[rows.numbers[0]], outs[rows.numbers[0]])
+            alone(parts[rows.numbers[0]], outs[rows.numbers[0]])  # what is left of a length goes alone too
             continue
         given = _tokens(rows, x, _index(rows))
         columns = features if op != "logsumexp" else _columns(rows.length, features)
