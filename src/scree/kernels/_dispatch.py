@@ -46,7 +46,7 @@ class Impl(NamedTuple):
     on_request: bool = False
 
 
-_TORCH_NATIVE = Impl("torch_native", ".torch_native", backends=("torch",), devices=("cpu",))
+_TORCH_NATIVE = Impl("torch_native", ".torch_native", backends=("torch",), devices=("cpu", "mps", "xpu"))
 _NUMPY_BLAS = Impl("numpy_blas", ".numpy_blas", backends=("numpy",))
 _NUMBA = Impl("numba", ".numba_loops", backends=("numpy",), dtypes=("float16", "float32", "float64"), requires="numba")
 _JAX_XLA = Impl("jax_xla", ".jax_xla", backends=("jax",))

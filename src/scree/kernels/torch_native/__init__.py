@@ -1,4 +1,4 @@
-"""The ops on PyTorch's own CPU kernels.
+"""The ops on PyTorch's own kernels, of the CPU and of other devices for which there is nothing better.
 
 Each is an operator of `torch.library` with a backward of its own, so that `torch.compile` and `torch.export` see one
 opaque call whose offsets are known when it runs.

@@ -1,4 +1,4 @@
-"""Attention by `scaled_dot_product_attention`'s kernel for the CPU, sequence by sequence, without padding."""
+"""Attention sequence by sequence, without padding: by `scaled_dot_product_attention`'s kernel on the CPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from ..._array import Array
 from ..._backends._protocol import HostInts
 from .._rows import sides
-from . import _flash, _softcap
-from ._common import Operator, host, wide
+from . import _dense, _flash
+from ._common import Operator, host, offsets_of, wide
 
 _NO_LIMIT = -1
 _Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -20,6 +20,10 @@ _Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 def _limits(left: int, right: int) -> tuple[int | None, int | None]:
     return (None if left == _NO_LIMIT else left), (None if right == _NO_LIMIT else right)
+
+
+def _has_kernel(q: Tensor) -> bool:
+    return q.device.type == "cpu"
 
 
 def _bounds(q_offsets: Tensor, k_offsets: Tensor) -> tuple[HostInts, HostInts]:
@@ -48,8 +52,8 @@ def _forward(
     """
     limits = _limits(left, right)
     bounds = _bounds(q_offsets, k_offsets)
-    if softcap:
-        o, lse = _softcap.forward(q, k, v, *bounds, scale, limits, softcap)
+    if softcap or not _has_kernel(q):
+        o, lse = _dense.forward(q, k, v, *bounds, scale, limits, softcap)
     else:
         lse_is_read = with_lse or differentiable or sinks is not None
         o, lse = _flash.forward(q, k, v, *bounds, scale, limits, lse_is_read)
@@ -83,8 +87,8 @@ def _backward(
     limits = _limits(left, right)
     bounds = _bounds(q_offsets, k_offsets)
     g_lse = grad_lse if with_lse else None
-    if softcap:
-        dq, dk, dv = _softcap.backward(grad_o, g_lse, q, k, v, o, lse, *bounds, scale, limits, softcap)
+    if softcap or not _has_kernel(q):
+        dq, dk, dv = _dense.backward(grad_o, g_lse, q, k, v, o, lse, *bounds, scale, limits, softcap)
     else:
         dq, dk, dv = _flash.backward(grad_o, g_lse, q, k, v, o, lse, *bounds, scale, limits)
     if sinks is None:
@@ -158,13 +162,15 @@ def varlen_attention(
     deterministic: bool,
 ) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`, one sequence after the other, each without its neighbours' memory."""
+    op = "varlen_attention"
+    q_offsets = offsets_of(op, q)
     left, right = (_NO_LIMIT if side is None else side for side in sides(causal, window_size))
     o, lse = attention(
         q.values,
         k.values,
         v.values,
-        q.offsets,
-        k.offsets,
+        q_offsets,
+        q_offsets if k.offsets is q.offsets else offsets_of(op, k),
         sinks,
         scale,
         left,

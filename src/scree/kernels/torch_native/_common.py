@@ -1,4 +1,4 @@
-"""What the ops on PyTorch's CPU kernels share: memory, host offsets and dtypes."""
+"""What the ops on PyTorch's own kernels share: memory, host offsets and dtypes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..._backends._protocol import HostInts
+from ..._array import Array
+from ..._backends._protocol import HostArray, HostInts
 from ..._backends.torch import is_traced
 
 _LARGE = 1 << 20  # bytes
@@ -18,8 +19,20 @@ _LINE = 64  # bytes: to where torch itself aligns what it allocates
 
 
 def host(offsets: Tensor) -> HostInts:
-    """The offsets, which are on the CPU, as NumPy sees them."""
-    return offsets.detach().numpy()
+    """The offsets as NumPy sees them."""
+    return offsets.detach().cpu().numpy()
+
+
+def offsets_of(op: str, arr: Array) -> Tensor:
+    """The offsets, on the host where no trace hides them: one copy from a device for all ops on an Array."""
+    if arr.offsets.device.type == "cpu" or is_traced(arr.offsets):
+        return arr.offsets
+    return torch.from_numpy(arr._host_offsets(op))
+
+
+def on(like: Tensor, data: HostArray) -> Tensor:
+    """Data of the host on the device of a tensor."""
+    return torch.from_numpy(data).to(like.device)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -27,13 +40,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory; large memory from NumPy, which asks the kernel for huge pages where torch does not."""
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory; large memory of the host from NumPy, which asks for huge pages where torch does not."""
     size = dtype.itemsize
     for n in shape:
         size *= n
-    if size < _LARGE:
-        return torch.empty(shape, dtype=dtype)
+    if size < _LARGE or device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
     memory = np.empty(size + _LINE, np.uint8)
     skip = -memory.ctypes.data % _LINE
     return torch.from_numpy(memory[skip : skip + size]).view(dtype).view(shape)

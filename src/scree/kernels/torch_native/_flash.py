@@ -55,7 +55,7 @@ class _Rows:
 
     def _copied(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:2], self.width)
-        wider = empty(shape, self.dtype) if self.width == x.shape[2] else torch.zeros(shape, dtype=self.dtype)
+        wider = empty(shape, self.dtype, x.device) if self.width == x.shape[2] else torch.zeros(shape, dtype=self.dtype)
         wider[..., : x.shape[2]] = x
         return wider
 
@@ -142,7 +142,8 @@ def forward(
     Without `with_lse` lse is of no size.
     """
     dtype, (total, heads, _), (_, kv_heads, v_dim) = wide(q.dtype), q.shape, v.shape
-    o, lse = empty((total, heads, v_dim), dtype), empty((total if with_lse else 0, heads), dtype)
+    o = empty((total, heads, v_dim), dtype, q.device)
+    lse = empty((total if with_lse else 0, heads), dtype, q.device)
     ns, ms = _lengths(q_offsets, k_offsets)
     used = int(q_offsets[-1])
     width, group = max(q.shape[2], v_dim), heads // kv_heads
@@ -217,7 +218,7 @@ def backward(
     and grad_o beside it grad_lse, while o has 0 there.
     """
     (_, heads, dim), (_, kv_heads, v_dim) = q.shape, v.shape
-    dq, dk, dv = (empty(tuple(x.shape), x.dtype) for x in (q, k, v))
+    dq, dk, dv = (empty(tuple(x.shape), x.dtype, x.device) for x in (q, k, v))
     ns, ms = _lengths(q_offsets, k_offsets)
     used, used_k = int(q_offsets[-1]), int(k_offsets[-1])
     width, group = max(dim, v_dim if grad_lse is None else v_dim + 1), heads // kv_heads

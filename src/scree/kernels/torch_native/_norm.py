@@ -47,7 +47,7 @@ def _wide(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     dtype = _dtype(x, weight)
     w = _wide(weight, dtype)
-    out = empty(tuple(x.shape), x.dtype)
+    out = empty(tuple(x.shape), x.dtype, x.device)
     step = _step(x.shape[1])
     for t in range(0, x.shape[0], step):
         part = x[t : t + step].to(wide(x.dtype))
@@ -68,8 +68,8 @@ def _rmsnorm_bwd(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> 
     """y = x * r * w: dx = r * (g w) - x * r**3 * mean(g w x), dw = sum of g x r over the tokens."""
     dtype = _dtype(x, weight)
     w = _wide(weight, dtype)
-    dx = empty(tuple(x.shape), x.dtype)
-    dw = torch.zeros(x.shape[1] if weight is not None else 0, dtype=dtype)
+    dx = empty(tuple(x.shape), x.dtype, x.device)
+    dw = x.new_zeros(x.shape[1] if weight is not None else 0, dtype=dtype)
     step = _step(x.shape[1])
     for t in range(0, x.shape[0], step):
         part, g = x[t : t + step].to(dtype), grad[t : t + step].to(dtype)
@@ -86,7 +86,7 @@ def _rmsnorm_bwd(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> 
 def _layernorm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     dtype = _dtype(x, weight, bias)
     w, b = _wide(weight, dtype), _wide(bias, dtype)
-    out = empty(tuple(x.shape), x.dtype)
+    out = empty(tuple(x.shape), x.dtype, x.device)
     step = _step(x.shape[1])
     for t in range(0, x.shape[0], step):
         out[t : t + step] = torch.native_layer_norm(x[t : t + step].to(dtype), x.shape[1:], w, b, eps)[0]
@@ -98,9 +98,9 @@ def _layernorm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _dtype(x, weight, bias)
     w, b = _wide(weight, dtype), _wide(bias, dtype)
-    dx = empty(tuple(x.shape), x.dtype)
-    dw = torch.zeros(x.shape[1] if weight is not None else 0, dtype=dtype)
-    db = torch.zeros(x.shape[1] if bias is not None else 0, dtype=dtype)
+    dx = empty(tuple(x.shape), x.dtype, x.device)
+    dw = x.new_zeros(x.shape[1] if weight is not None else 0, dtype=dtype)
+    db = x.new_zeros(x.shape[1] if bias is not None else 0, dtype=dtype)
     wanted = [True, weight is not None, bias is not None]
     step = _step(x.shape[1])
     for t in range(0, x.shape[0], step):

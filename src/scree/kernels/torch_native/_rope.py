@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._array import Array
 from .._rows import places
-from ._common import Operator, empty, host, wide
+from ._common import Operator, empty, host, offsets_of, on, wide
 
 _BLOCK = 1 << 18  # elements of a block of tokens
 
@@ -22,7 +22,7 @@ def _dtype(x: Tensor, cos: Tensor, sin: Tensor) -> torch.dtype:
 def _looked_up(table: Tensor, at: Tensor, outside: Tensor | None, dtype: torch.dtype) -> Tensor:
     """table[at], (tokens, 1, D/2); NaN where `at` is outside of the table."""
     if not len(table):
-        return torch.full((len(at), 1, table.shape[1]), float("nan"), dtype=dtype)
+        return table.new_full((len(at), 1, table.shape[1]), float("nan"), dtype=dtype)
     found = table.index_select(0, at).to(dtype).unsqueeze(1)
     return found if outside is None else found.masked_fill(outside[:, None, None], float("nan"))
 
@@ -46,9 +46,9 @@ def _rope(
     dtype = _dtype(x, cos, sin)
     at = places(host(offsets), start if starts is None else host(starts))
     inside = (at >= 0) & (at < len(cos))
-    outside = None if inside.all() else torch.from_numpy(~inside)
-    index = torch.from_numpy(np.where(inside, at, 0))
-    out = empty(tuple(x.shape), x.dtype)
+    outside = None if inside.all() else on(x, ~inside)
+    index = on(x, np.where(inside, at, 0))
+    out = empty(tuple(x.shape), x.dtype, x.device)
     out[len(at) :] = 0
     step = max(1, _BLOCK // max(x.shape[1] * x.shape[2], 1))
     for t in range(0, len(at), step):
@@ -56,7 +56,7 @@ def _rope(
         hidden = None if outside is None else outside[some]
         c, s = (_looked_up(table, index[some], hidden, dtype) for table in (cos, sin))
         part = x[some].to(dtype)
-        y = out[some] if out.dtype == dtype else torch.empty(part.shape, dtype=dtype)
+        y = out[some] if out.dtype == dtype else torch.empty_like(part)
         (x1, x2), (y1, y2) = _halves(part, interleaved), _halves(y, interleaved)
         torch.mul(x1, c, out=y1).addcmul_(x2, s, value=1 if back else -1)
         torch.mul(x2, c, out=y2).addcmul_(x1, s, value=-1 if back else 1)
@@ -79,10 +79,10 @@ def _tables(
     dtype = _dtype(x, cos, sin)
     at = places(host(offsets), start if starts is None else host(starts))
     tokens = np.flatnonzero((at >= 0) & (at < len(cos)))
-    index, rows = torch.from_numpy(at[tokens]), torch.from_numpy(tokens)
+    index, rows = on(x, at[tokens]), on(x, tokens)
     (g1, g2), (x1, x2) = (_halves(y.index_select(0, rows).to(dtype), interleaved) for y in (grad, x))
-    dcos = torch.zeros(cos.shape, dtype=dtype).index_add_(0, index, (g1 * x1).addcmul_(g2, x2).sum(1))
-    dsin = torch.zeros(sin.shape, dtype=dtype).index_add_(0, index, (g2 * x1).addcmul_(g1, x2, value=-1).sum(1))
+    dcos = cos.new_zeros(cos.shape, dtype=dtype).index_add_(0, index, (g1 * x1).addcmul_(g2, x2).sum(1))
+    dsin = sin.new_zeros(sin.shape, dtype=dtype).index_add_(0, index, (g2 * x1).addcmul_(g1, x2, value=-1).sum(1))
     return dcos.to(cos.dtype), dsin.to(sin.dtype)
 
 
@@ -128,5 +128,5 @@ def varlen_rope(arr: Array, cos: Tensor, sin: Tensor, *, interleaved: bool, star
     if not x.numel():
         return arr
     starts, first = (start, 0) if isinstance(start, Tensor) else (None, start)
-    y = rope(x.reshape(x.shape[0], -1, x.shape[-1]), cos, sin, arr.offsets, starts, first, interleaved, False)
+    y = rope(x.reshape(x.shape[0], -1, x.shape[-1]), cos, sin, offsets_of("varlen_rope", arr), starts, first, interleaved, False)
     return arr.with_values(y.reshape(x.shape))

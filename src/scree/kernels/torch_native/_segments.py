@@ -18,7 +18,7 @@ from ..._backends._protocol import HostInts
 from ..._check import integer_limits, is_integer
 from ..._layout import moved_from_front, moved_to_front
 from .._rows import TOGETHER, Rows, alike, unlike
-from ._common import Operator, empty, host, wide
+from ._common import Operator, empty, host, offsets_of, on, wide
 
 _INF = float("inf")
 _PASSES, _WIDE = 16, 512  # tokens of many features that are compared at once
@@ -31,8 +31,8 @@ def _tokens(rows: Rows, x: Tensor, index: Tensor | None) -> Tensor:
     return some.view(len(rows.starts), rows.length, -1)
 
 
-def _index(rows: Rows) -> Tensor | None:
-    return None if rows.adjacent else torch.from_numpy(rows.tokens())
+def _index(rows: Rows, x: Tensor) -> Tensor | None:
+    return None if rows.adjacent else on(x, rows.tokens())
 
 
 def _columns(length: int, features: int) -> int:
@@ -73,7 +73,7 @@ def _each(
     ``alone(out, *given)`` may compute long rows, (n, F) and (F,), where all is in the wide dtype.
     """
     x, bounds = tokens[0], host(offsets)
-    out = empty(tuple(x.shape), dtype)
+    out = empty(tuple(x.shape), dtype, x.device)
     out[int(bounds[-1]) :] = 0
     if dtype != wide(x.dtype) or any(y.dtype != dtype for y in (*tokens, *values)):
         alone = None
@@ -83,9 +83,9 @@ def _each(
         for row in _long(bounds, x.shape[1]):
             alone(*(views[row] for views in rows_of))
     for rows in alike(bounds, x.shape[1], only_short=alone is not None):
-        index = _index(rows)
+        index = _index(rows, x)
         given = [_tokens(rows, y, index) for y in tokens]
-        numbers = torch.from_numpy(rows.numbers)
+        numbers = on(x, rows.numbers)
         given += [v.index_select(0, numbers)[:, None] for v in values]
         if not rows.short:
             _by_columns(fn, _columns(rows.length, x.shape[1]), _tokens(rows, out, None), *given)
@@ -158,7 +158,7 @@ def _flat(arr: Array) -> Tensor:
 
 def varlen_softmax(arr: Array) -> Array:
     """Compute `scree.kernels.varlen_softmax` with rows of one length together."""
-    y = softmax(_flat(arr), arr.offsets).to(arr.dtype)  # rounded here: the backward needs it as it was
+    y = softmax(_flat(arr), offsets_of("varlen_softmax", arr)).to(arr.dtype)  # rounded here: the backward needs it as it was
     y = y.reshape(arr.total_length, *arr.feature_shape)
     return arr.with_values(moved_from_front(arr._xp, y, arr.ragged_dim))
 
@@ -215,7 +215,7 @@ def _reduce(x: Tensor, offsets: Tensor, op: str) -> Tensor:
     bounds = host(offsets)
     lengths = np.diff(bounds)
     features = x.shape[1]
-    out = torch.full((len(lengths), features), _of_nothing(op, x.dtype), dtype=x.dtype)
+    out = x.new_full((len(lengths), features), _of_nothing(op, x.dtype))
     dtype = wide(x.dtype) if x.is_floating_point() else x.dtype
     alone = _ALONE.get(op) if x.dtype == dtype else None
     parts, outs = (_by_rows(x, lengths.tolist()), out.unbind()) if alone is not None else ((), ())
@@ -229,7 +229,7 @@ def _reduce(x: Tensor, offsets: Tensor, op: str) -> Tensor:
         if alone is not None and len(rows.numbers) == 1:
             alone(parts[rows.numbers[0]], outs[rows.numbers[0]])  # what is left of a length goes alone too
             continue
-        given = _tokens(rows, x, _index(rows))
+        given = _tokens(rows, x, _index(rows, x))
         columns = features if op != "logsumexp" else _columns(rows.length, features)
         for c in range(0, features, columns):
             part = given[..., c : c + columns].to(dtype)
@@ -237,7 +237,7 @@ def _reduce(x: Tensor, offsets: Tensor, op: str) -> Tensor:
             if len(rows.numbers) == 1:
                 out[int(rows.numbers[0]), c : c + columns] = y[0]
             else:
-                out[torch.from_numpy(rows.numbers), c : c + columns] = y
+                out[on(x, rows.numbers), c : c + columns] = y
     return out
 
 
@@ -263,13 +263,13 @@ def _spread(grad: Tensor, x: Tensor, bounds: HostInts, op: str) -> Tensor:
     """Give each token the gradient of the sum, or of the mean, of its row."""
     lengths = np.diff(bounds)
     if op == "mean":
-        each = torch.from_numpy(np.maximum(lengths, 1).astype(np.int64))[:, None]
+        each = on(x, np.maximum(lengths, 1).astype(np.int64))[:, None]
         grad = (grad.to(wide(x.dtype)) / each).to(x.dtype)
-    out = empty(tuple(x.shape), x.dtype)
+    out = empty(tuple(x.shape), x.dtype, x.device)
     used = int(bounds[-1])
     out[used:] = 0
     row = np.repeat(np.arange(len(lengths)), lengths)
-    torch.index_select(grad, 0, torch.from_numpy(row), out=out[:used])
+    torch.index_select(grad, 0, on(x, row), out=out[:used])
     return out
 
 
@@ -314,4 +314,4 @@ def _(grad: Tensor, x: Tensor, out: Tensor, offsets: Tensor, op: str) -> Tensor:
 
 def varlen_reduce(arr: Array, op: str) -> Tensor:
     """Compute `scree.kernels.varlen_reduce` with rows of one length together."""
-    return reduce(_flat(arr), arr.offsets, op).reshape(arr.batch_size, *arr.feature_shape)
+    return reduce(_flat(arr), offsets_of("varlen_reduce", arr), op).reshape(arr.batch_size, *arr.feature_shape)
