@@ -190,7 +190,11 @@ def test_attention_without_the_kernel_of_the_cpu_is_the_same(th, options, monkey
     options = dict(options)
     if options.pop("sinks", False):
         options["sinks"] = th.array(normal((4,), 9))
-    q, k, v = batch(th, (5, 0, 70, 3), (4, 8)), batch(th, (4, 2, 70, 6), (2, 8), seed=1), batch(th, (4, 2, 70, 6), (2, 6), seed=2)
+    q, k, v = (
+        batch(th, (5, 0, 70, 3), (4, 8)),
+        batch(th, (4, 2, 70, 6), (2, 8), seed=1),
+        batch(th, (4, 2, 70, 6), (2, 6), seed=2),
+    )
 
     def both():
         given = [x.values.clone().requires_grad_() for x in (q, k, v)]

@@ -103,9 +103,7 @@ def _collect(names: list[str], *, asked: bool) -> tuple[list[bench.Contest], lis
     return found, missing
 
 
-def _measure(
-    console: Console, contests: list[bench.Contest], seconds: float
-) -> tuple[list[dict[str, Any]], bool]:
+def _measure(console: Console, contests: list[bench.Contest], seconds: float) -> tuple[list[dict[str, Any]], bool]:
     """The rows, and whether the user stopped it: then those of the contests that were over."""
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -13,7 +13,7 @@ import numpy as np
 
 from .._array import Array
 from .._backends import Dense
-from .._backends._protocol import HostInts
+from .._backends._protocol import HostArray, HostInts
 from .._offsets import is_used
 
 TOGETHER = 1 << 14  # elements: rows of no more are computed with others of their length
@@ -69,7 +69,7 @@ def alike(offsets: HostInts, features: int, *, only_short: bool = False) -> Iter
             yield Rows(some, starts[some], length, size <= TOGETHER)
 
 
-def unlike(lengths: HostInts, features: int) -> HostInts:
+def unlike(lengths: HostInts, features: int) -> HostArray:
     """(B,), bool: rows that are not empty and that none is computed with: long ones, and those of a length of their own."""
     short = lengths <= TOGETHER // max(features, 1)
     if not short.any():

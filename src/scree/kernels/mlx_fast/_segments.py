@@ -85,8 +85,9 @@ def varlen_reduce(arr: Array, op: str) -> mx.array:
         places.append(empty)
     single = unlike(np.diff(offsets), x.shape[1]) & (x.shape[1] > 0)
     starts, stops, batch = offsets[:-1].tolist(), offsets[1:].tolist(), x[None]
-    for row in np.flatnonzero(single).tolist():
-        parts.append(_REDUCE[op](wide(batch[:, starts[row] : stops[row]])).astype(x.dtype))
+    parts += [
+        _REDUCE[op](wide(batch[:, starts[row] : stops[row]])).astype(x.dtype) for row in np.flatnonzero(single).tolist()
+    ]
     places += [*np.flatnonzero(single)[:, None]]
     for rows in alike(offsets, x.shape[1], only_short=True):
         if single[rows.numbers[0]]:

@@ -33,7 +33,8 @@ _SPLIT = 64  # queries of a span of a causal row
 _SPLIT_MIN, _SPLIT_MAX, _SPLIT_SIZE = 128, 1024, 1 << 15  # tokens, and least elements, of a row that is cut into spans
 _INF = float("inf")
 
-_fwd: Any = torch._scaled_dot_product_flash_attention_for_cpu  # quicker to call than the same in torch.ops
+# Quicker to call than the same in torch.ops.
+_fwd: Any = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
 _bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _corners: dict[torch.dtype, Tensor] = {}
 

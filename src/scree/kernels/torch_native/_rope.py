@@ -128,5 +128,14 @@ def varlen_rope(arr: Array, cos: Tensor, sin: Tensor, *, interleaved: bool, star
     if not x.numel():
         return arr
     starts, first = (start, 0) if isinstance(start, Tensor) else (None, start)
-    y = rope(x.reshape(x.shape[0], -1, x.shape[-1]), cos, sin, offsets_of("varlen_rope", arr), starts, first, interleaved, False)
+    y = rope(
+        x.reshape(x.shape[0], -1, x.shape[-1]),
+        cos,
+        sin,
+        offsets_of("varlen_rope", arr),
+        starts,
+        first,
+        interleaved,
+        False,
+    )
     return arr.with_values(y.reshape(x.shape))

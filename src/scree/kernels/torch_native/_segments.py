@@ -158,7 +158,9 @@ def _flat(arr: Array) -> Tensor:
 
 def varlen_softmax(arr: Array) -> Array:
     """Compute `scree.kernels.varlen_softmax` with rows of one length together."""
-    y = softmax(_flat(arr), offsets_of("varlen_softmax", arr)).to(arr.dtype)  # rounded here: the backward needs it as it was
+    y = softmax(_flat(arr), offsets_of("varlen_softmax", arr)).to(
+        arr.dtype
+    )  # rounded here: the backward needs it as it was
     y = y.reshape(arr.total_length, *arr.feature_shape)
     return arr.with_values(moved_from_front(arr._xp, y, arr.ragged_dim))
 
