@@ -180,3 +180,26 @@ def test_bad_input_is_refused_before_any_work(arguments, says, monkeypatch, tmp_
     done = scree_(*arguments)
     assert done.exit_code == 2
     assert says in done.output
+
+
+@pytest.mark.parametrize("finished", [0, 2])
+def test_stopped_by_the_user_prints_what_was_measured(finished, monkeypatch):
+    calls = []
+
+    def measure(contest, rates, seconds):
+        calls.append(contest)
+        facts = {"op": contest.op, "framework": contest.framework, "work": contest.work}
+        yield {**facts, "impl": "floor", "ms": 0.5}
+        if len(calls) > finished:
+            raise KeyboardInterrupt
+        yield {**facts, "impl": "scree", "ms": 1.0}
+        yield {**facts, "impl": "by hand", "ms": 2.0}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    result = scree_("--quick", "--framework", "numpy", "--seconds", "0")
+    assert result.exit_code == 130
+    if finished:
+        assert "no slower than the fastest other in 2 of 2 rows" in " ".join(result.stdout.split())
+        assert "scree bench: stopped after 2 of 4 rows" in result.stderr
+    else:
+        assert "scree bench: stopped before the first row was measured" in result.stderr

@@ -41,7 +41,14 @@ CALLS = {
     "reduce": lambda a: kernels.varlen_reduce(a, "logsumexp", implementation=NAME),
     "rmsnorm": lambda a: kernels.varlen_rmsnorm(a, implementation=NAME).values,
     "layernorm": lambda a: kernels.varlen_layernorm(a, implementation=NAME).values,
+    "rope": lambda a: kernels.varlen_rope(a, *tables(a), implementation=NAME).values,
 }
+
+
+def tables(a):
+    """The cosines and sines of a few angles, in the framework of the Array."""
+    angles = a.values.new_tensor([[0.1 * p * (f + 1) for f in range(4)] for p in range(8)])
+    return angles.cos(), angles.sin()
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -149,3 +156,89 @@ def test_a_window_needs_no_square_of_memory(th):
         attend(a, a, a, window_size=(64, 0))
     largest = max(event.self_cpu_memory_usage for event in seen.key_averages())
     assert largest < 6000 * 6000 * 4
+
+
+# Other devices than the CPU: what can be known here of code that nobody has run there.
+
+
+def test_serves_devices_for_which_there_is_no_triton(th, monkeypatch):
+    from scree.kernels import _dispatch
+
+    a = batch(th, (3, 2, 5), (2, 8))
+    calls = {name: call for name, call in CALLS.items() if name != "softcap"}
+    want = {name: call(a) for name, call in calls.items()}
+    monkeypatch.setattr(_dispatch, "device_kind", lambda arr: "mps")
+    for op, impls in _dispatch.TABLE.items():
+        fitting = [impl.name for impl in impls if _dispatch._fits(impl, a) and not impl.on_request]
+        assert fitting[0] == NAME, op
+    for name, call in calls.items():
+        assert_same_bits(th.to_np(call(a)), th.to_np(want[name]))
+    monkeypatch.setattr(_dispatch, "device_kind", lambda arr: "vulkan")
+    with raises(NotImplementedError, "serves device cpu, mps, xpu, got vulkan"):
+        CALLS["softmax"](a)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"window_size": (2, 1), "return_lse": True}, {"causal": True, "sinks": True}],
+    ids=["all", "causal", "window", "sinks"],
+)
+def test_attention_without_the_kernel_of_the_cpu_is_the_same(th, options, monkeypatch):
+    from scree.kernels.torch_native import _attention
+
+    torch = th.module
+    options = dict(options)
+    if options.pop("sinks", False):
+        options["sinks"] = th.array(normal((4,), 9))
+    q, k, v = (
+        batch(th, (5, 0, 70, 3), (4, 8)),
+        batch(th, (4, 2, 70, 6), (2, 8), seed=1),
+        batch(th, (4, 2, 70, 6), (2, 6), seed=2),
+    )
+
+    def both():
+        given = [x.values.clone().requires_grad_() for x in (q, k, v)]
+        arrays = [a.with_values(x) for a, x in zip((q, k, v), given, strict=True)]
+        out = kernels.varlen_attention(*arrays, implementation=NAME, **options)
+        o, lse = out if isinstance(out, tuple) else (out, None)
+        loss = o.values.square().sum()
+        if lse is not None:
+            loss = loss + torch.where(lse.values.isfinite(), lse.values, 0).square().sum()
+        return [o.values.detach(), *torch.autograd.grad(loss, given)]
+
+    want = both()
+    monkeypatch.setattr(_attention, "_has_kernel", lambda q: False)
+    for got, right in zip(both(), want, strict=True):
+        assert_close(th.to_np(got), th.to_np(right), "float32", scale=8.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_computes_nothing_in_float64(th, dtype, monkeypatch):
+    """MPS has no float64."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from scree._backends import torch as backend
+    from scree.kernels.torch_native import _attention, _common
+
+    torch = th.module
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            seen.extend(x.dtype for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    a = batch(th, (3, 2, 5), (2, 8)).astype(dtype)
+    cases = {name: call for name, call in CALLS.items() if name != "rope"}
+    cases["rope"] = lambda a: kernels.varlen_rope(a, *(x.to(a.dtype) for x in tables(a.astype("float32")))).values
+    monkeypatch.setattr(_common, "is_traced", lambda *x: False)  # the mode would see one operator, and nothing in it
+    monkeypatch.setattr(backend, "is_recorded", lambda: False)
+    for kernel in (True, False):
+        monkeypatch.setattr(_attention, "_has_kernel", lambda q, kernel=kernel: kernel)
+        for call in cases.values():
+            values = a.values.clone().requires_grad_()
+            with Seen():
+                call(a.with_values(values)).sum().backward()
+    assert torch.float32 in seen
+    assert torch.float64 not in seen

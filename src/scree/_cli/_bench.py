@@ -24,6 +24,7 @@ from scree import bench
 from scree._backends import FRAMEWORKS
 
 SECONDS, QUICK_SECONDS = 4.0, 0.5  # of rounds for each contest
+_INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 _BAR = 40  # characters of the longest bar
 _OPTIONAL = {"numba": "numba loops", "awkward": "awkward"}  # packages of peers -> what they bring
 
@@ -40,7 +41,9 @@ def run(names: list[str], quick: bool, seconds: float | None, output: Path | Non
     if not contests:
         _fail("found no framework to measure: " + "; ".join(missing))
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
-    rows = _measure(console, contests, each)
+    rows, stopped = _measure(console, contests, each)
+    if not rows:
+        _fail("stopped before the first row was measured", _INTERRUPTED)
     console.print(Text(f"scree {scree.__version__} on {_machine()}", style="bold"))
     console.print(_chart(rows))
     console.print(_table(rows))
@@ -49,11 +52,13 @@ def run(names: list[str], quick: bool, seconds: float | None, output: Path | Non
     if output is not None:
         _save(output, rows)
         console.print(Text(f"Saved {output}.", style="dim"))
+    if stopped:
+        _fail(f"stopped after {sum(1 for _ in _contests(rows))} of {len(contests)} rows", _INTERRUPTED)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 1) -> NoReturn:
     Console(stderr=True, soft_wrap=True).print(Text(f"scree bench: {message}", style="red"))
-    raise typer.Exit(1)
+    raise typer.Exit(code)
 
 
 def _check_names(names: list[str]) -> None:
@@ -98,23 +103,27 @@ def _collect(names: list[str], *, asked: bool) -> tuple[list[bench.Contest], lis
     return found, missing
 
 
-def _measure(console: Console, contests: list[bench.Contest], seconds: float) -> list[dict[str, Any]]:
+def _measure(console: Console, contests: list[bench.Contest], seconds: float) -> tuple[list[dict[str, Any]], bool]:
+    """The rows, and whether the user stopped it: then those of the contests that were over."""
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("what this machine can do", total=len(contests))
-        rates = bench.measured_rates()
-        for contest in contests:
-            progress.update(task, description=f"{contest.framework}: {contest.op}, {contest.work}")
-            try:
-                rows += bench.measure(contest, rates, seconds)
-            except AssertionError as error:
-                _fail(
-                    f"{contest.framework}, {contest.op}: a contender computes something else than scree: "
-                    f"{' '.join(str(error).split())}"
-                )
-            progress.advance(task)
-    return rows
+        try:
+            rates = bench.measured_rates()
+            for contest in contests:
+                progress.update(task, description=f"{contest.framework}: {contest.op}, {contest.work}")
+                try:
+                    rows += list(bench.measure(contest, rates, seconds))  # all of a contest, or nothing
+                except AssertionError as error:
+                    _fail(
+                        f"{contest.framework}, {contest.op}: a contender computes something else than scree: "
+                        f"{' '.join(str(error).split())}"
+                    )
+                progress.advance(task)
+        except KeyboardInterrupt:
+            return rows, True
+    return rows, False
 
 
 def _contests(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, float, dict[str, float]]]:

@@ -46,7 +46,7 @@ class Impl(NamedTuple):
     on_request: bool = False
 
 
-_TORCH_NATIVE = Impl("torch_native", ".torch_native", backends=("torch",), devices=("cpu",))
+_TORCH_NATIVE = Impl("torch_native", ".torch_native", backends=("torch",), devices=("cpu", "mps", "xpu"))
 _NUMPY_BLAS = Impl("numpy_blas", ".numpy_blas", backends=("numpy",))
 _NUMBA = Impl("numba", ".numba_loops", backends=("numpy",), dtypes=("float16", "float32", "float64"), requires="numba")
 _JAX_XLA = Impl("jax_xla", ".jax_xla", backends=("jax",))
@@ -95,7 +95,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         _REFERENCE,
     ),
     "varlen_rmsnorm": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST_NORM, _REFERENCE),
-    "varlen_rope": (_triton(*_FLOATING), _NUMBA, _JAX_XLA, _REFERENCE),
+    "varlen_rope": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _JAX_XLA, _REFERENCE),
     "varlen_softmax": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMPY_BLAS, _JAX_XLA, _MLX_FAST, _REFERENCE),
 }
 
@@ -127,34 +127,38 @@ def choose(op: str, implementation: str | None, arr: Array, *args: Any, **option
     NotImplementedError
         None can serve the call, or not the one that was asked for; the message has every reason.
     """
-    reasons: list[str] = []
+    reasons: list[tuple[Impl, str | None]] = []
     for impl in TABLE[op]:
         if impl.on_request if implementation is None else impl.name != implementation:
             continue
-        against = mismatch(impl, arr)
-        if against is None and impl.requires is not None and not _INSTALLED[impl.requires]:
-            against = f"needs {impl.requires}, which is not installed"
-        if against is None:
+        against = None
+        if _fits(impl, arr) and (impl.requires is None or _INSTALLED[impl.requires]):
             module = _MODULES[impl.module]
             against = module.why_not(op, arr, *args, **options)
             if against is None:
                 return getattr(module, op)
-        reasons.append(f"{impl.name}: {against}")
+        reasons.append((impl, against))
     if not reasons:
         known = ", ".join(repr(impl.name) for impl in TABLE[op])
         raise ValueError(f"{op}: implementation is {implementation!r}; needs one of {known}, or None for the best")
-    raise NotImplementedError(f"{op}: no implementation can serve this call: {'; '.join(reasons)}")
+    # What is wrong is put into words here alone: an op on short rows takes no longer than the words do.
+    against = "; ".join(f"{impl.name}: {reason or mismatch(impl, arr)}" for impl, reason in reasons)
+    raise NotImplementedError(f"{op}: no implementation can serve this call: {against}")
 
 
-def mismatch(impl: Impl, arr: Array) -> str | None:
-    """Say which coarse facts about the Array speak against an implementation."""
+def _fits(impl: Impl, arr: Array) -> bool:
+    """Whether no coarse fact about the Array speaks against an implementation."""
     xp = arr._xp
-    if (
+    return (
         (impl.backends is None or xp.NAME in impl.backends)
         and (impl.devices is None or device_kind(arr) in impl.devices)
         and (impl.dtypes is None or xp.dtype_name(arr._values) in impl.dtypes)
-    ):
-        return None
+    )
+
+
+def mismatch(impl: Impl, arr: Array) -> str | None:
+    """Say which coarse facts about the Array, or what is not installed, speak against an implementation."""
+    xp = arr._xp
     facts = (
         ("framework", xp.NAME, impl.backends),
         ("device", device_kind(arr) if impl.devices is not None else "", impl.devices),
@@ -165,7 +169,9 @@ def mismatch(impl: Impl, arr: Array) -> str | None:
         for what, got, served in facts
         if served is not None and got not in served
     ]
-    return " and ".join(against)
+    if not against and impl.requires is not None and not _INSTALLED[impl.requires]:
+        against.append(f"needs {impl.requires}, which is not installed")
+    return " and ".join(against) or None
 
 
 def device_kind(arr: Array) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from .._array import Array
 from .._backends import Dense
-from .._backends._protocol import HostInts
+from .._backends._protocol import HostArray, HostInts
 from .._offsets import is_used
 
 TOGETHER = 1 << 14  # elements: rows of no more are computed with others of their length
@@ -67,6 +67,14 @@ def alike(offsets: HostInts, features: int, *, only_short: bool = False) -> Iter
         for i in range(a, b, step):
             some = order[i : min(i + step, b)]
             yield Rows(some, starts[some], length, size <= TOGETHER)
+
+
+def unlike(lengths: HostInts, features: int) -> HostArray:
+    """(B,), bool: rows that are not empty and that none is computed with: long ones, and those of a length of their own."""
+    short = lengths <= TOGETHER // max(features, 1)
+    if not short.any():
+        return lengths > 0
+    return (lengths > 0) & ~(short & (np.bincount(lengths[short])[lengths * short] > 1))
 
 
 def pairs_alike(q: HostInts, k: HostInts, heads: int, most: int) -> Iterator[tuple[HostInts, int, int]]:
@@ -127,6 +135,13 @@ def sides(causal: bool, window_size: tuple[int | None, int | None]) -> tuple[int
     if causal:
         right = 0 if right is None else min(right, 0)
     return left, right
+
+
+def places(offsets: HostInts, start: int | HostInts) -> HostInts:
+    """The place of every token in its row, plus `start`, one for all rows or (B,): (T,), int64."""
+    lengths = np.diff(offsets)
+    first = np.broadcast_to(np.asarray(start, np.int64), lengths.shape) - offsets[:-1]
+    return np.arange(int(offsets[-1]), dtype=np.int64) + np.repeat(first, lengths)
 
 
 def used_only(arr: Array, x: Dense) -> Dense:

@@ -14,7 +14,7 @@ from ..._backends._protocol import HostArray
 from .._rows import TOGETHER, Span, pairs_alike, sides, spans, visible
 from ._common import in_order, of_host, taken, wide
 
-_QUERIES = 256  # at a time
+_QUERIES, _QUERIES_CPU = 256, 64  # at a time: fewer leave out more keys that a mask hides, and are more calls
 _INF = float("inf")
 
 
@@ -37,6 +37,7 @@ def varlen_attention(
     heads, kv_heads, v_dim = q.values.shape[1], *v.values.shape[1:]
     q_offsets, k_offsets = q._host_offsets(op), k._host_offsets(op)
     total = q.total_length
+    at_once = _QUERIES_CPU if mx.default_device() == mx.Device(mx.cpu) else _QUERIES
     sink = None if sinks is None else wide(sinks).reshape(1, kv_heads, -1, 1, 1)
     # What sees no key, and what is no row's, stays behind: zeros that are a part of the gradient's graph.
     base = wide(q.values)[:, :, :1] * 0 if total else wide(q.values)[:, :, :1]
@@ -47,7 +48,7 @@ def varlen_attention(
     places: list[HostArray] = []
     for numbers, n, m in pairs_alike(q_offsets, k_offsets, heads, TOGETHER):
         starts = q_offsets[numbers].astype(np.int64)
-        for span in spans(n, m, *limits, _QUERIES):
+        for span in spans(n, m, *limits, _QUERIES if limits == (None, None) else at_once):
             mine = taken(q.values, starts + span.first, span.last - span.first)
             keys = k_offsets[numbers].astype(np.int64) + span.low
             key, value = (wide(taken(x.values, keys, span.high - span.low)) for x in (k, v))

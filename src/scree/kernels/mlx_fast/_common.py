@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..._backends._protocol import HostArray, HostInts
+from .._rows import Rows
+
+_CUT = 1 << 12  # elements of a row
 
 
 def wide(x: mx.array) -> mx.array:
@@ -32,10 +36,20 @@ def taken(x: mx.array, starts: HostInts, length: int) -> mx.array:
 
 def in_order(parts: list[mx.array], places: list[HostInts], total: int) -> mx.array:
     """Join parts (t_i, ...), whose tokens belong at `places`, in the order of the places: (total, ...)."""
+    first = np.array([place[0] if len(place) else -1 for place in places])
+    order = np.argsort(first, kind="stable")
+    parts, places = [parts[i] for i in order], [places[i] for i in order]  # rows that were alone need no more
     joined = parts[0] if len(parts) == 1 else mx.concatenate(parts, 0)
     flat = np.concatenate(places)
     if np.array_equal(flat, np.arange(total)):
         return joined
-    order = np.empty(total, np.int64)
-    order[flat] = np.arange(total)
-    return mx.take(joined, mx.array(order.astype(np.int32 if total < 2**31 else np.int64)), axis=0)
+    inverse = np.empty(total, np.int64)
+    inverse[flat] = np.arange(total)
+    return mx.take(joined, mx.array(inverse.astype(np.int32 if total < 2**31 else np.int64)), axis=0)
+
+
+def separate(part: mx.array, rows: Rows, places: HostInts) -> tuple[list[mx.array], list[HostInts]]:
+    """Cut what was computed for rows of many features together, (G, n, ...): a copy of it costs more than the cuts."""
+    if len(rows.starts) == 1 or rows.adjacent or rows.length * math.prod(part.shape[2:]) < _CUT:
+        return [part.reshape(-1, *part.shape[2:])], [places]
+    return list(part), list(places.reshape(len(rows.starts), -1))

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable
 
 import mlx.core as mx
+import numpy as np
 
 from ..._array import Array
 from ..._check import integer_limits, is_integer
 from ..._layout import moved_from_front, moved_to_front
-from .._rows import alike
-from ._common import in_order, taken, wide
+from .._rows import alike, unlike
+from ._common import in_order, separate, taken, wide
 
 _INF = float("inf")
 
@@ -27,10 +28,10 @@ def varlen_softmax(arr: Array) -> Array:
     parts, places = [mx.zeros((0, x.shape[1]), x.dtype)], [offsets[:0]]
     for rows in alike(offsets, x.shape[1]):
         part = wide(taken(x, rows.starts, rows.length))
-        p = mx.exp(part - mx.max(part, axis=1, keepdims=True))
-        y = p / mx.sum(p, axis=1, keepdims=True)
-        parts.append(y.reshape(-1, x.shape[1]).astype(x.dtype))
-        places.append(rows.tokens())
+        y = mx.softmax(part, axis=1).astype(x.dtype)
+        some, where = separate(y, rows, rows.tokens())
+        parts += some
+        places += where
     used = int(offsets[-1])
     if used == 0 or x.shape[1] == 0:
         return arr.with_values(arr.values * 0 if used == 0 else arr.values)
@@ -82,7 +83,15 @@ def varlen_reduce(arr: Array, op: str) -> mx.array:
         nothing = xp.full((len(empty), x.shape[1]), _of_nothing(op, xp.dtype_name(x)), x)
         parts.append(nothing)
         places.append(empty)
-    for rows in alike(offsets, x.shape[1]):
+    single = unlike(np.diff(offsets), x.shape[1]) & (x.shape[1] > 0)
+    starts, stops, batch = offsets[:-1].tolist(), offsets[1:].tolist(), x[None]
+    parts += [
+        _REDUCE[op](wide(batch[:, starts[row] : stops[row]])).astype(x.dtype) for row in np.flatnonzero(single).tolist()
+    ]
+    places += [*np.flatnonzero(single)[:, None]]
+    for rows in alike(offsets, x.shape[1], only_short=True):
+        if single[rows.numbers[0]]:
+            continue
         parts.append(_REDUCE[op](wide(taken(x, rows.starts, rows.length))).astype(x.dtype))
         places.append(rows.numbers)
     if x.shape[1] == 0:

@@ -12,7 +12,7 @@ from ..._backends._protocol import HostArray
 from .._rows import used_only
 from ._common import wide
 
-_BLOCK = 1 << 16  # elements of a block of tokens
+_BLOCK = 1 << 18  # elements of a block of tokens: smaller ones cost more calls than the second-level cache is worth
 
 
 def _blocks(arr: Array, weights: tuple[HostArray | None, ...], norm: Callable[..., None]) -> Array:

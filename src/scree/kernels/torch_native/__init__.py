@@ -1,4 +1,4 @@
-"""The ops on PyTorch's own CPU kernels.
+"""The ops on PyTorch's own kernels, of the CPU and of other devices for which there is nothing better.
 
 Each is an operator of `torch.library` with a backward of its own, so that `torch.compile` and `torch.export` see one
 opaque call whose offsets are known when it runs.
@@ -13,9 +13,10 @@ from torch.autograd import forward_ad
 
 from ._attention import varlen_attention
 from ._norm import varlen_layernorm, varlen_rmsnorm
+from ._rope import varlen_rope
 from ._segments import varlen_reduce, varlen_softmax
 
-__all__ = ["varlen_attention", "varlen_layernorm", "varlen_reduce", "varlen_rmsnorm", "varlen_softmax"]
+__all__ = ["varlen_attention", "varlen_layernorm", "varlen_reduce", "varlen_rmsnorm", "varlen_rope", "varlen_softmax"]
 
 
 def why_not(op: str, *args: Any, **options: Any) -> str | None:

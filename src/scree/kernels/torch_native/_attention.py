@@ -1,16 +1,18 @@
-"""Attention by `scaled_dot_product_attention`'s kernel for the CPU, sequence by sequence, without padding."""
+"""Attention sequence by sequence, without padding: by `scaled_dot_product_attention`'s kernel on the CPU."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._array import Array
+from ..._backends._protocol import HostInts
 from .._rows import sides
-from . import _flash, _softcap
-from ._common import host, wide
+from . import _dense, _flash
+from ._common import Operator, host, offsets_of, wide
 
 _NO_LIMIT = -1
 _Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -18,6 +20,15 @@ _Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 def _limits(left: int, right: int) -> tuple[int | None, int | None]:
     return (None if left == _NO_LIMIT else left), (None if right == _NO_LIMIT else right)
+
+
+def _has_kernel(q: Tensor) -> bool:
+    return q.device.type == "cpu"
+
+
+def _bounds(q_offsets: Tensor, k_offsets: Tensor) -> tuple[HostInts, HostInts]:
+    bounds = host(q_offsets)
+    return bounds, bounds if k_offsets is q_offsets else host(k_offsets)
 
 
 def _forward(
@@ -32,14 +43,20 @@ def _forward(
     right: int,
     softcap: float,
     with_lse: bool,
+    *,
+    differentiable: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """o (T, H, D_v) and lse (T, H), in the wide dtype; zeros beyond the last row."""
+    """o (T, H, D_v) and lse (T, H), in the wide dtype; zeros beyond the last row.
+
+    lse is of no size where neither the caller nor the backward reads it.
+    """
     limits = _limits(left, right)
-    bounds = host(q_offsets), host(k_offsets)
-    if softcap:
-        o, lse = _softcap.forward(q, k, v, *bounds, scale, limits, softcap)
+    bounds = _bounds(q_offsets, k_offsets)
+    if softcap or not _has_kernel(q):
+        o, lse = _dense.forward(q, k, v, *bounds, scale, limits, softcap)
     else:
-        o, lse = _flash.forward(q, k, v, *bounds, scale, limits)
+        lse_is_read = with_lse or differentiable or sinks is not None
+        o, lse = _flash.forward(q, k, v, *bounds, scale, limits, lse_is_read)
     if sinks is not None:
         used = int(bounds[0][-1])
         inner = lse[:used]
@@ -68,10 +85,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtypes of q, k, v, and dsinks (of no size without sinks)."""
     limits = _limits(left, right)
-    bounds = host(q_offsets), host(k_offsets)
+    bounds = _bounds(q_offsets, k_offsets)
     g_lse = grad_lse if with_lse else None
-    if softcap:
-        dq, dk, dv = _softcap.backward(grad_o, g_lse, q, k, v, o, lse, *bounds, scale, limits, softcap)
+    if softcap or not _has_kernel(q):
+        dq, dk, dv = _dense.backward(grad_o, g_lse, q, k, v, o, lse, *bounds, scale, limits, softcap)
     else:
         dq, dk, dv = _flash.backward(grad_o, g_lse, q, k, v, o, lse, *bounds, scale, limits)
     if sinks is None:
@@ -88,15 +105,31 @@ _SCALARS = "float scale, SymInt left, SymInt right, float softcap, bool with_lse
 _INPUTS = "Tensor q, Tensor k, Tensor v"
 _REST = f"Tensor q_offsets, Tensor k_offsets, Tensor? sinks, {_SCALARS}"
 
-attention = torch.library.custom_op(
-    "scree::varlen_attention", _forward, mutates_args=(), schema=f"({_INPUTS}, {_REST}) -> (Tensor, Tensor)"
-)
-attention_bwd = torch.library.custom_op(
-    "scree::varlen_attention_backward",
+attention_bwd = Operator(
+    "varlen_attention_backward",
+    f"(Tensor grad_o, Tensor grad_lse, {_INPUTS}, Tensor o, Tensor lse, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    mutates_args=(),
-    schema=f"(Tensor grad_o, Tensor grad_lse, {_INPUTS}, Tensor o, Tensor lse, {_REST})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, q_offsets, k_offsets, sinks, *ctx.scalars = inputs
+    ctx.save_for_backward(q, k, v, *output, q_offsets, k_offsets, sinks)
+
+
+def _grads(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, sinks = ctx.saved_tensors
+    dq, dk, dv, dsinks = attention_bwd(grad_o, grad_lse, *tensors, sinks, *ctx.scalars)
+    return (dq, dk, dv, None, None, None if sinks is None else dsinks, *(None,) * len(ctx.scalars))
+
+
+attention = Operator(
+    "varlen_attention",
+    f"({_INPUTS}, {_REST}) -> (Tensor, Tensor)",
+    _forward,
+    plain=functools.partial(_forward, differentiable=False),
+    keep=_keep,
+    backward=_grads,
 )
 
 
@@ -115,20 +148,6 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, q_offsets, k_offsets, sinks, *ctx.scalars = inputs
-    ctx.save_for_backward(q, k, v, *output, q_offsets, k_offsets, sinks)
-
-
-def _grads(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, sinks = ctx.saved_tensors
-    dq, dk, dv, dsinks = attention_bwd(grad_o, grad_lse, *tensors, sinks, *ctx.scalars)
-    return (dq, dk, dv, None, None, None if sinks is None else dsinks, *(None,) * len(ctx.scalars))
-
-
-attention.register_autograd(_grads, setup_context=_keep)
-
-
 def varlen_attention(
     q: Array,
     k: Array,
@@ -143,13 +162,15 @@ def varlen_attention(
     deterministic: bool,
 ) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`, one sequence after the other, each without its neighbours' memory."""
+    op = "varlen_attention"
+    q_offsets = offsets_of(op, q)
     left, right = (_NO_LIMIT if side is None else side for side in sides(causal, window_size))
     o, lse = attention(
         q.values,
         k.values,
         v.values,
-        q.offsets,
-        k.offsets,
+        q_offsets,
+        q_offsets if k.offsets is q.offsets else offsets_of(op, k),
         sinks,
         scale,
         left,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._array import Array
 from .._rows import used_only
-from ._common import empty, wide
+from ._common import Operator, empty, wide
 
 _BLOCK = 1 << 19  # elements of a block of tokens: small for the cache, and large beside the cost of waking threads
 
@@ -47,7 +47,7 @@ def _wide(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     dtype = _dtype(x, weight)
     w = _wide(weight, dtype)
-    out = empty(tuple(x.shape), x.dtype)
+    out = empty(tuple(x.shape), x.dtype, x.device)
     step = _step(x.shape[1])
     for t in range(0, x.shape[0], step):
         part = x[t : t + step].to(wide(x.dtype))
@@ -68,8 +68,8 @@ def _rmsnorm_bwd(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> 
     """y = x * r * w: dx = r * (g w) - x * r**3 * mean(g w x), dw = sum of g x r over the tokens."""
     dtype = _dtype(x, weight)
     w = _wide(weight, dtype)
-    dx = empty(tuple(x.shape), x.dtype)
-    dw = torch.zeros(x.shape[1] if weight is not None else 0, dtype=dtype)
+    dx = empty(tuple(x.shape), x.dtype, x.device)
+    dw = x.new_zeros(x.shape[1] if weight is not None else 0, dtype=dtype)
     step = _step(x.shape[1])
     for t in range(0, x.shape[0], step):
         part, g = x[t : t + step].to(dtype), grad[t : t + step].to(dtype)
@@ -86,7 +86,7 @@ def _rmsnorm_bwd(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> 
 def _layernorm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     dtype = _dtype(x, weight, bias)
     w, b = _wide(weight, dtype), _wide(bias, dtype)
-    out = empty(tuple(x.shape), x.dtype)
+    out = empty(tuple(x.shape), x.dtype, x.device)
     step = _step(x.shape[1])
     for t in range(0, x.shape[0], step):
         out[t : t + step] = torch.native_layer_norm(x[t : t + step].to(dtype), x.shape[1:], w, b, eps)[0]
@@ -98,9 +98,9 @@ def _layernorm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _dtype(x, weight, bias)
     w, b = _wide(weight, dtype), _wide(bias, dtype)
-    dx = empty(tuple(x.shape), x.dtype)
-    dw = torch.zeros(x.shape[1] if weight is not None else 0, dtype=dtype)
-    db = torch.zeros(x.shape[1] if bias is not None else 0, dtype=dtype)
+    dx = empty(tuple(x.shape), x.dtype, x.device)
+    dw = x.new_zeros(x.shape[1] if weight is not None else 0, dtype=dtype)
+    db = x.new_zeros(x.shape[1] if bias is not None else 0, dtype=dtype)
     wanted = [True, weight is not None, bias is not None]
     step = _step(x.shape[1])
     for t in range(0, x.shape[0], step):
@@ -116,29 +116,48 @@ def _layernorm_bwd(
     return dx, dw if weight is None else dw.to(weight.dtype), db if bias is None else db.to(bias.dtype)
 
 
-rmsnorm = torch.library.custom_op(
-    "scree::varlen_rmsnorm",
-    _rmsnorm,
-    mutates_args=(),
-    schema="(Tensor x, Tensor? weight, float eps) -> Tensor",
-)
-rmsnorm_bwd = torch.library.custom_op(
-    "scree::varlen_rmsnorm_backward",
+rmsnorm_bwd = Operator(
+    "varlen_rmsnorm_backward",
+    "(Tensor grad, Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)",
     _rmsnorm_bwd,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)",
 )
-layernorm = torch.library.custom_op(
-    "scree::varlen_layernorm",
-    _layernorm,
-    mutates_args=(),
-    schema="(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
-)
-layernorm_bwd = torch.library.custom_op(
-    "scree::varlen_layernorm_backward",
+layernorm_bwd = Operator(
+    "varlen_layernorm_backward",
+    "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
     _layernorm_bwd,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _rmsnorm_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    dx, dw = rmsnorm_bwd(grad.contiguous(), x, weight, ctx.eps)
+    return dx, None if weight is None else dw, None
+
+
+def _layernorm_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    dx, dw, db = layernorm_bwd(grad.contiguous(), x, weight, bias, ctx.eps)
+    return dx, None if weight is None else dw, None if bias is None else db, None
+
+
+rmsnorm = Operator(
+    "varlen_rmsnorm",
+    "(Tensor x, Tensor? weight, float eps) -> Tensor",
+    _rmsnorm,
+    keep=_keep,
+    backward=_rmsnorm_grads,
+)
+layernorm = Operator(
+    "varlen_layernorm",
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    _layernorm,
+    keep=_keep,
+    backward=_layernorm_grads,
 )
 
 
@@ -164,27 +183,6 @@ def _(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tenso
 @layernorm_bwd.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), _like(weight, x), _like(bias, x)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _rmsnorm_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    dx, dw = rmsnorm_bwd(grad.contiguous(), x, weight, ctx.eps)
-    return dx, None if weight is None else dw, None
-
-
-def _layernorm_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors
-    dx, dw, db = layernorm_bwd(grad.contiguous(), x, weight, bias, ctx.eps)
-    return dx, None if weight is None else dw, None if bias is None else db, None
-
-
-rmsnorm.register_autograd(_rmsnorm_grads, setup_context=_keep)
-layernorm.register_autograd(_layernorm_grads, setup_context=_keep)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -17,10 +17,11 @@ from ..._array import Array
 from ..._backends._protocol import HostInts
 from ..._check import integer_limits, is_integer
 from ..._layout import moved_from_front, moved_to_front
-from .._rows import TOGETHER, Rows, alike
-from ._common import empty, host, wide
+from .._rows import TOGETHER, Rows, alike, unlike
+from ._common import Operator, empty, host, offsets_of, on, wide
 
 _INF = float("inf")
+_PASSES, _WIDE = 16, 512  # tokens of many features that are compared at once
 _SPLIT = 1 << 17  # elements: a longer row is computed some columns at a time
 
 
@@ -30,8 +31,8 @@ def _tokens(rows: Rows, x: Tensor, index: Tensor | None) -> Tensor:
     return some.view(len(rows.starts), rows.length, -1)
 
 
-def _index(rows: Rows) -> Tensor | None:
-    return None if rows.adjacent else torch.from_numpy(rows.tokens())
+def _index(rows: Rows, x: Tensor) -> Tensor | None:
+    return None if rows.adjacent else on(x, rows.tokens())
 
 
 def _columns(length: int, features: int) -> int:
@@ -72,7 +73,7 @@ def _each(
     ``alone(out, *given)`` may compute long rows, (n, F) and (F,), where all is in the wide dtype.
     """
     x, bounds = tokens[0], host(offsets)
-    out = empty(tuple(x.shape), dtype)
+    out = empty(tuple(x.shape), dtype, x.device)
     out[int(bounds[-1]) :] = 0
     if dtype != wide(x.dtype) or any(y.dtype != dtype for y in (*tokens, *values)):
         alone = None
@@ -82,9 +83,9 @@ def _each(
         for row in _long(bounds, x.shape[1]):
             alone(*(views[row] for views in rows_of))
     for rows in alike(bounds, x.shape[1], only_short=alone is not None):
-        index = _index(rows)
+        index = _index(rows, x)
         given = [_tokens(rows, y, index) for y in tokens]
-        numbers = torch.from_numpy(rows.numbers)
+        numbers = on(x, rows.numbers)
         given += [v.index_select(0, numbers)[:, None] for v in values]
         if not rows.short:
             _by_columns(fn, _columns(rows.length, x.shape[1]), _tokens(rows, out, None), *given)
@@ -119,17 +120,23 @@ def _softmax_bwd_alone(out: Tensor, g: Tensor, y: Tensor) -> None:
     torch.ops.aten._softmax_backward_data.out(g, y, 0, y.dtype, grad_input=out)
 
 
-softmax = torch.library.custom_op(
-    "scree::varlen_softmax",
-    lambda x, offsets: _each(offsets, _softmax, wide(x.dtype), (x,), alone=_softmax_alone),
-    mutates_args=(),
-    schema="(Tensor x, Tensor offsets) -> Tensor",
-)
-softmax_bwd = torch.library.custom_op(
-    "scree::varlen_softmax_backward",
+softmax_bwd = Operator(
+    "varlen_softmax_backward",
+    "(Tensor grad, Tensor y, Tensor offsets) -> Tensor",
     lambda grad, y, offsets: _each(offsets, _softmax_bwd, y.dtype, (grad.contiguous(), y), alone=_softmax_bwd_alone),
-    mutates_args=(),
-    schema="(Tensor grad, Tensor y, Tensor offsets) -> Tensor",
+)
+
+
+def _keep_softmax(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output, inputs[1])
+
+
+softmax = Operator(
+    "varlen_softmax",
+    "(Tensor x, Tensor offsets) -> Tensor",
+    lambda x, offsets: _each(offsets, _softmax, wide(x.dtype), (x,), alone=_softmax_alone),
+    keep=_keep_softmax,
+    backward=lambda ctx, grad: (softmax_bwd(grad, *ctx.saved_tensors), None),
 )
 
 
@@ -143,13 +150,6 @@ def _(grad: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     return torch.empty_like(y)
 
 
-def _keep_softmax(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output, inputs[1])
-
-
-softmax.register_autograd(lambda ctx, grad: (softmax_bwd(grad, *ctx.saved_tensors), None), setup_context=_keep_softmax)
-
-
 def _flat(arr: Array) -> Tensor:
     """The values as (T, F), contiguous, the ragged axis first."""
     x = moved_to_front(arr._xp, arr.values, arr.ragged_dim)
@@ -158,7 +158,9 @@ def _flat(arr: Array) -> Tensor:
 
 def varlen_softmax(arr: Array) -> Array:
     """Compute `scree.kernels.varlen_softmax` with rows of one length together."""
-    y = softmax(_flat(arr), arr.offsets).to(arr.dtype)  # rounded here: the backward needs it as it was
+    y = softmax(_flat(arr), offsets_of("varlen_softmax", arr)).to(
+        arr.dtype
+    )  # rounded here: the backward needs it as it was
     y = y.reshape(arr.total_length, *arr.feature_shape)
     return arr.with_values(moved_from_front(arr._xp, y, arr.ragged_dim))
 
@@ -194,28 +196,42 @@ def _of_nothing(op: str, dtype: torch.dtype) -> float | int | bool:
     return _INF if op == "min" else -_INF
 
 
+def _extreme(x: Tensor, out: Tensor, op: Callable[..., Tensor]) -> None:
+    """Reduce (n, F) by amax or amin, whose order is free: fewer and longer passes are the faster."""
+    n, features = x.shape
+    if n >= 6 * _PASSES and features >= _WIDE:
+        whole = n // _PASSES * _PASSES
+        few = op(x[:whole].view(-1, _PASSES * features), 0).view(_PASSES, features)
+        x = few if whole == n else torch.cat((few, x[whole:]))
+    op(x, 0, out=out)
+
+
 _ALONE: dict[str, Callable[..., Any]] = {
-    "sum": lambda x, out: torch.sum(x, 0, dtype=x.dtype, out=out),
-    "max": lambda x, out: torch.amax(x, 0, out=out),
-    "min": lambda x, out: torch.amin(x, 0, out=out),
+    "sum": lambda x, out: torch.sum(x, 0, out=out),
+    "max": lambda x, out: _extreme(x, out, torch.amax),
+    "min": lambda x, out: _extreme(x, out, torch.amin),
 }
 
 
 def _reduce(x: Tensor, offsets: Tensor, op: str) -> Tensor:
     bounds = host(offsets)
+    lengths = np.diff(bounds)
     features = x.shape[1]
-    out = torch.full((len(bounds) - 1, features), _of_nothing(op, x.dtype), dtype=x.dtype)
+    out = x.new_full((len(lengths), features), _of_nothing(op, x.dtype))
     dtype = wide(x.dtype) if x.is_floating_point() else x.dtype
     alone = _ALONE.get(op) if x.dtype == dtype else None
-    parts, outs = _by_rows(x, np.diff(bounds).tolist()), out.unbind()
+    parts, outs = (_by_rows(x, lengths.tolist()), out.unbind()) if alone is not None else ((), ())
     if alone is not None:
-        for row in _long(bounds, features):
+        single = unlike(lengths, features)
+        for row in np.flatnonzero(single).tolist():
             alone(parts[row], outs[row])
+        if single[lengths > 0].all():
+            return out
     for rows in alike(bounds, features, only_short=alone is not None):
         if alone is not None and len(rows.numbers) == 1:
-            alone(parts[rows.numbers[0]], outs[rows.numbers[0]])
+            alone(parts[rows.numbers[0]], outs[rows.numbers[0]])  # what is left of a length goes alone too
             continue
-        given = _tokens(rows, x, _index(rows))
+        given = _tokens(rows, x, _index(rows, x))
         columns = features if op != "logsumexp" else _columns(rows.length, features)
         for c in range(0, features, columns):
             part = given[..., c : c + columns].to(dtype)
@@ -223,7 +239,7 @@ def _reduce(x: Tensor, offsets: Tensor, op: str) -> Tensor:
             if len(rows.numbers) == 1:
                 out[int(rows.numbers[0]), c : c + columns] = y[0]
             else:
-                out[torch.from_numpy(rows.numbers), c : c + columns] = y
+                out[on(x, rows.numbers), c : c + columns] = y
     return out
 
 
@@ -249,13 +265,13 @@ def _spread(grad: Tensor, x: Tensor, bounds: HostInts, op: str) -> Tensor:
     """Give each token the gradient of the sum, or of the mean, of its row."""
     lengths = np.diff(bounds)
     if op == "mean":
-        each = torch.from_numpy(np.maximum(lengths, 1).astype(np.int64))[:, None]
+        each = on(x, np.maximum(lengths, 1).astype(np.int64))[:, None]
         grad = (grad.to(wide(x.dtype)) / each).to(x.dtype)
-    out = empty(tuple(x.shape), x.dtype)
+    out = empty(tuple(x.shape), x.dtype, x.device)
     used = int(bounds[-1])
     out[used:] = 0
     row = np.repeat(np.arange(len(lengths)), lengths)
-    torch.index_select(grad, 0, torch.from_numpy(row), out=out[:used])
+    torch.index_select(grad, 0, on(x, row), out=out[:used])
     return out
 
 
@@ -267,14 +283,24 @@ def _reduce_bwd(grad: Tensor, x: Tensor, out: Tensor, offsets: Tensor, op: str) 
     return _each(offsets, lambda x, g, o: _share(g, x, o), x.dtype, (x,), (grad, out), _share_alone)
 
 
-reduce = torch.library.custom_op(
-    "scree::varlen_reduce", _reduce, mutates_args=(), schema="(Tensor x, Tensor offsets, str op) -> Tensor"
-)
-reduce_bwd = torch.library.custom_op(
-    "scree::varlen_reduce_backward",
+reduce_bwd = Operator(
+    "varlen_reduce_backward",
+    "(Tensor grad, Tensor x, Tensor out, Tensor offsets, str op) -> Tensor",
     _reduce_bwd,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor out, Tensor offsets, str op) -> Tensor",
+)
+
+
+def _keep_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, offsets, ctx.op = inputs
+    ctx.save_for_backward(x, output, offsets)
+
+
+reduce = Operator(
+    "varlen_reduce",
+    "(Tensor x, Tensor offsets, str op) -> Tensor",
+    _reduce,
+    keep=_keep_reduce,
+    backward=lambda ctx, grad: (reduce_bwd(grad, *ctx.saved_tensors, ctx.op), None, None),
 )
 
 
@@ -288,16 +314,6 @@ def _(grad: Tensor, x: Tensor, out: Tensor, offsets: Tensor, op: str) -> Tensor:
     return torch.empty_like(x)
 
 
-def _keep_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, offsets, ctx.op = inputs
-    ctx.save_for_backward(x, output, offsets)
-
-
-reduce.register_autograd(
-    lambda ctx, grad: (reduce_bwd(grad, *ctx.saved_tensors, ctx.op), None, None), setup_context=_keep_reduce
-)
-
-
 def varlen_reduce(arr: Array, op: str) -> Tensor:
     """Compute `scree.kernels.varlen_reduce` with rows of one length together."""
-    return reduce(_flat(arr), arr.offsets, op).reshape(arr.batch_size, *arr.feature_shape)
+    return reduce(_flat(arr), offsets_of("varlen_reduce", arr), op).reshape(arr.batch_size, *arr.feature_shape)
