@@ -129,6 +129,7 @@ class Code:
         made = triton.compile(source, target=TARGETS[target], options=options)
         self.launch, self.target = launch, target
         self.shared = made.metadata.shared
+        self.ptx = made.asm.get("ptx", "")
         self.text = made.asm["amdgcn"] if "amdgcn" in made.asm else _sass(made.asm["cubin"])
 
     def __contains__(self, pattern):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from . import _tiles
 from ._hopper import has_gluon, reaches
+from ._hopper_bwd_dq_kernels import TURNS
 from ._launch import INTERPRETED, Launcher, capability, device_number
 from ._tiles import Kept
 
@@ -43,8 +45,6 @@ def why_not(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, options: Options, batch: int
 ) -> str | None:
     """Say what speaks against the kernels for Hopper: a reason for the portable ones."""
-    if options.deterministic or torch.are_deterministic_algorithms_enabled():
-        return "they add up dQ in no fixed order"
     if INTERPRETED or capability(device_number(q)) != (9, 0):
         return "their instructions are those of sm_90"
     if not has_gluon():
@@ -80,7 +80,10 @@ def backward(
     kept_k: Kept | None,
     long: bool,
 ) -> torch.Tensor:
-    """Write dQ, dK and dV to `grads`, dQ added up in no fixed order; return delta (H, T)."""
+    """Write dQ, dK and dV to `grads`; return delta (H, T).
+
+    dQ is added up in a fixed order only where the options, or PyTorch, say so.
+    """
     dq, dk, dv = grads
     total, heads, width = q.shape
     kv_heads, step = k.shape[1], CONFIGS[width].step
@@ -90,16 +93,17 @@ def backward(
     delta = torch.empty_like(lse)
     rows = torch.empty((heads, slots, 2, step), dtype=torch.float32, device=q.device)
     acc = torch.empty((heads, slots, step * width), dtype=torch.float32, device=q.device)
+    turns = torch.empty((heads, slots, TURNS.value), dtype=torch.int32, device=q.device)
     before, main, after = _launchers(q, k, v, o, do, dlse, options, long)
     grid = (slots * heads, 1, 1)
     before(
         grid,
-        (o, do, lse, lse if dlse is None else dlse, q_map.tiles, delta, rows, acc),
+        (o, do, lse, lse if dlse is None else dlse, q_map.tiles, delta, rows, acc, turns),
         (*o.stride()[:2], *do.stride()[:2], total, slots),
     )
     main(
         (k_map.slots * kv_heads, 1, 1),
-        (q, k, v, do, rows, k_map.tiles, acc, dk, dv),
+        (q, k, v, do, rows, k_map.tiles, acc, turns, dk, dv),
         (
             *(stride for x in (q, k, v, do, dk, dv) for stride in x.stride()[:2]),
             k_map.slots,
@@ -110,6 +114,17 @@ def backward(
     )
     after(grid, (acc, q_map.tiles, dq), (*dq.stride()[:2], slots, options.scale))
     return delta
+
+
+def _together(kv_heads: int, long: bool, causal: bool, ordered: bool) -> int:
+    """How many heads of a tile run side by side, before those of the next tile.
+
+    Of long sequences few do, as in the forward. But where all blocks of keys see all queries, and so start together,
+    each must let the one before it pass: with more heads fewer of them are in one queue.
+    """
+    if not long:
+        return kv_heads
+    return math.gcd(kv_heads, 4) if ordered and not causal else 1
 
 
 def _launchers(
@@ -127,7 +142,8 @@ def _launchers(
     config = CONFIGS[width]
     odd = tuple((stride % 16, stride == 1) for x in (q, k, v, o, do) for stride in x.stride()[:2])
     has_right = options.right >= 0
-    facts = (device, config, q.dtype, heads, kv_heads, width, has_right, odd, dlse is not None, long)
+    ordered = options.deterministic or torch.are_deterministic_algorithms_enabled()
+    facts = (device, config, q.dtype, heads, kv_heads, width, has_right, odd, dlse is not None, long, ordered)
     found = _LAUNCHERS.get(facts)
     if found is None:
         from . import _hopper_bwd_dq_kernels as others
@@ -137,11 +153,12 @@ def _launchers(
         constants = {
             "SHARED": heads // kv_heads,
             "HEADS": kv_heads,
-            "INNER": 1 if long else kv_heads,
+            "INNER": _together(kv_heads, long, has_right, ordered),
             "D": width,
             "BLOCK_M": config.step,
             "STAGES": config.stages,
             "HAS_RIGHT": has_right,
+            "ORDERED": ordered,
         }
         flags: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
         found = _LAUNCHERS[facts] = (

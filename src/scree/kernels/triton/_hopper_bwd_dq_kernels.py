@@ -6,15 +6,18 @@ import triton.language as tl
 from ._attention_fwd_kernels import LOG2E, _tile
 from ._tiles_kernels import ABSENT
 
+TURNS = tl.constexpr(4)  # integers a tile of queries, by which those that add to its dQ take turns
+
 
 @triton.jit(do_not_specialize=["total_q", "slots"])
 def _hopper_bwd_rows_kernel(
-    o_ptr, do_ptr, lse_ptr, dlse_ptr, tiles_ptr, delta_ptr, rows_ptr, acc_ptr,
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, tiles_ptr, delta_ptr, rows_ptr, acc_ptr, turns_ptr,
     stride_o_t: "i64", stride_o_h: "i64", stride_do_t: "i64", stride_do_h: "i64", total_q: "i64", slots: "i32",
     INNER: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
-    """Before dQ is added up: ``delta = sum(o * do) - dlse`` and the aligned `rows`, and zeros in `acc`."""
+    """Before dQ is added up: ``delta = sum(o * do) - dlse`` and the aligned `rows`, and zeros in `acc` and `turns`."""
     program = tl.program_id(0)
+    tl.store(turns_ptr + program.to(tl.int64) * TURNS + tl.arange(0, TURNS), tl.zeros([TURNS], tl.int32))
     outer = program // INNER
     head = (outer // slots * INNER + program % INNER).to(tl.int64)
     kind, q_start, q_length, _, _, block, row = _tile(tiles_ptr, outer % slots)

@@ -1,0 +1,100 @@
+"""How the attention backward for Hopper adds up dQ: a warp for each half of the columns, in a fixed order or in none.
+
+Of each tile of queries two counters say how many blocks of keys have added to the halves of its dQ: block j waits until
+that is j. No block waits in vain. It sees a tile only if all blocks before it do, as there is no window to the left, so
+each of them adds to it. And each of them has a program that runs: programs take the blocks of a sequence in their order,
+when they start. Nor does it wait long: all walk from the last query to the first, so one that starts later is behind.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from ._hopper_bwd_dq_kernels import TURNS
+
+LINE = gl.constexpr(256)  # elements of dQ that the copy engine sees as a row
+
+if hasattr(tma, "async_atomic_add"):  # since Triton 3.8
+    _tma_add = tma.async_atomic_add
+else:
+    from triton._C.libtriton import ir
+
+    @gl._core.builtin
+    def _tma_add(desc, coord, src, _semantic=None):
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def _take(turns_ptr, sequence, head, slots_q):
+    """Take the next block of keys of a sequence and a head; a third integer of some tile of queries counts them."""
+    return gl.atomic_add(turns_ptr + (head * slots_q + sequence) * TURNS + 2, 1, sem="relaxed")
+
+
+@gluon.jit
+def _await(turn_ptr, turn):
+    """Wait until it is one's turn: all that was added before is in memory, and the copy engine may add to it."""
+    gl.inline_asm_elementwise(
+        """{
+            .reg .pred first, early;
+            .reg .b32 lane, seen;
+            mov.u32 lane, %laneid;
+            setp.eq.u32 first, lane, 0;
+            @!first bra done;
+            again:
+            ld.acquire.gpu.global.b32 seen, [$1];
+            setp.lt.s32 early, seen, $2;
+            @early bra again;
+            done:
+            bar.warp.sync 0xffffffff;
+            fence.proxy.async;
+            mov.b32 $0, lane;
+        }""",
+        "=r,l,r", [turn_ptr.to(gl.int64), turn], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _pass_on(turn_ptr, turn):
+    """Wait until what this warp had added is in memory, and say so: `tma.store_wait` only waits for it to be read."""
+    gl.inline_asm_elementwise(
+        """{
+            .reg .pred first;
+            .reg .b32 lane;
+            cp.async.bulk.wait_group 0;
+            bar.warp.sync 0xffffffff;
+            mov.u32 lane, %laneid;
+            setp.eq.u32 first, lane, 0;
+            @first st.release.gpu.global.b32 [$1], $2;
+            mov.b32 $0, lane;
+        }""",
+        "=r,l,r", [turn_ptr.to(gl.int64), turn], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _add(
+    dq_sm, dq_full, dq_empty, arguments,
+    GROUP: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, ORDERED: gl.constexpr,
+):  # fmt: skip
+    """A warp that has one half of the columns of every dQ added to those in memory.
+
+    `tile` is the one that holds query 0 of the first head of the group.
+    """
+    acc_desc, turns_ptr, tile, slots_q, block, begin, end = arguments
+    LINES: gl.constexpr = BLOCK_M * D // 2 // LINE
+    phase = 0
+    for at in range(end - BLOCK_M, begin - 1, -BLOCK_M):
+        place = tile + at // BLOCK_M
+        for _ in range(SHARED):
+            turn_ptr = turns_ptr + (place * TURNS + GROUP)
+            if ORDERED:
+                _await(turn_ptr, block)
+            mbarrier.wait(dq_full, phase)
+            _tma_add(acc_desc, [(place * 2 + GROUP) * LINES, 0], dq_sm)
+            tma.store_wait(0)
+            mbarrier.arrive(dq_empty, count=1)
+            if ORDERED:
+                _pass_on(turn_ptr, block + 1)
+            phase ^= 1
+            place += slots_q
