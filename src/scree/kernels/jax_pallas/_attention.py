@@ -211,13 +211,11 @@ def _kernel_backward(
 ) -> tuple[Any, ...]:
     heads, kv_heads = q.shape[1], k.shape[1]
     group = heads // kv_heads
-    pull = g_lse - (g.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1).T
     top = jnp.where(lse == -_INF, _INF, lse * _kernels.LOG2E)
-    given = q, k, v, g, top, pull
-    of = q_offsets, q.shape[0], k_offsets
-    dq = _launch("backward_q", fixed, q, v, heads, group, of, _like(q), *given)
-    of = k_offsets, k.shape[0], q_offsets
-    dk, dv = _launch("backward_kv", fixed, q, v, kv_heads, group, of, (_like(k), _like(v)), *given)
+    of, out = (q_offsets, q.shape[0], k_offsets), (_like(q), _like(lse))
+    dq, pull = _launch("backward_q", fixed, q, v, heads, group, of, out, q, k, v, g, o, top, g_lse)
+    of, out = (k_offsets, k.shape[0], q_offsets), (_like(k), _like(v))
+    dk, dv = _launch("backward_kv", fixed, q, v, kv_heads, group, of, out, q, k, v, g, top, pull)
     if sinks is None:
         return dq, dk, dv, None
     used = jnp.arange(q.shape[0]) < q_offsets[-1]

@@ -206,14 +206,33 @@ def forward(options: Options, tiles: Ref, q: Ref, k: Ref, v: Ref, *more: Ref) ->
     plgpu.store(lse_ref.at[head, pl.ds(place.begin, rows)], lse, mask=inside)
 
 
-def backward_q(options: Options, tiles: Ref, q: Ref, k: Ref, v: Ref, g: Ref, lse: Ref, pull: Ref, dq_ref: Ref) -> None:
-    """dq of a tile of queries; lse is in powers of 2, and +inf where a query sees no key."""
+def backward_q(
+    options: Options,
+    tiles: Ref,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    g: Ref,
+    o: Ref,
+    lse: Ref,
+    g_lse: Ref,
+    dq_ref: Ref,
+    pull_ref: Ref,
+) -> None:
+    """dq and pull of a tile of queries; lse is in powers of 2, and +inf where a query sees no key.
+
+    The sums of pull are made here because XLA adds up in an order that depends on how many rows there are.
+    """
     rows, step = options.rows, options.step
     place, head = _place(tiles, q.shape[1])
     kv_head = lax.div(head, options.group)
     inside = place.first + jnp.arange(rows) < place.length
     mine, grad = (_load(x, place.begin, rows, inside, head) for x in (q, g))
-    top, add = (_load_numbers(x, place.begin, rows, inside, head)[:, None] for x in (lse, pull))
+    top, add = (_load_numbers(x, place.begin, rows, inside, head) for x in (lse, g_lse))
+    out = _load(o, place.begin, rows, inside, head)
+    add = add - (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(1)
+    plgpu.store(pull_ref.at[head, pl.ds(place.begin, rows)], add, mask=inside)
+    top, add = top[:, None], add[:, None]
     sides = options.left, options.right
 
     def of_step(masked: bool, j: Dense, dq: Dense) -> Dense:
