@@ -15,6 +15,7 @@ from typing import Any
 
 import bench_data
 import cuda_table
+import data_table
 import huggingface_table
 import measure
 
@@ -31,7 +32,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="+", help="only batches of so many sequences; nothing is saved")
     parser.add_argument("--remark", default="", help="kept with the results: what else ran on the machine, say")
     parser.add_argument("--seconds", type=float, help="for each line of the table; 4 unless said, and 2 for data")
-    parser.add_argument("--only", nargs="+", choices=bench_data.PARTS, help="data: only these; nothing is saved")
+    if "data" in sys.argv[1:2]:
+        parser.add_argument("--only", nargs="+", choices=bench_data.PARTS, help="only these; nothing is saved")
     parser.add_argument(
         "--busy", action="store_true", help="cpu, jax and huggingface: processor time, for a machine that is shared"
     )
@@ -156,7 +158,7 @@ TABLES = {
     "cpu": table,
     "jax": table,
     "cuda": cuda_table.table,
-    "data": bench_data.table,
+    "data": data_table.table,
     "huggingface": huggingface_table.table,
 }
 

@@ -18,8 +18,20 @@ def run(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    for name in ("measure", "bench_data", "cuda_table", "huggingface_table"):
+    for name in ("measure", "bench_data", "cuda_table", "data_table", "huggingface_table"):
         sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("part", ["core", "data", "cpu", "jax", "cuda", "huggingface"])
+def test_every_part_takes_its_arguments(run, monkeypatch, capsys, part):
+    if part in ("cuda", "huggingface"):
+        pytest.importorskip("torch")
+    assert set(run.TABLES) == {"core", "data", "cpu", "jax", "cuda", "huggingface"}
+    monkeypatch.setattr(sys, "argv", ["run.py", part, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 0
+    assert "--seconds" in capsys.readouterr().out
 
 
 def test_the_page_is_made_from_the_results(run):
