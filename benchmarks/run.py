@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="+", help="only batches of so many sequences; nothing is saved")
     parser.add_argument("--remark", default="", help="kept with the results: what else ran on the machine, say")
     parser.add_argument("--seconds", type=float, help="for each line of the table; 4 unless said, and 2 for data")
+    parser.set_defaults(only=None)
     if "data" in sys.argv[1:2]:
         parser.add_argument("--only", nargs="+", choices=bench_data.PARTS, help="only these; nothing is saved")
     parser.add_argument(

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,6 +33,28 @@ def test_every_part_takes_its_arguments(run, monkeypatch, capsys, part):
         run.main()
     assert ended.value.code == 0
     assert "--seconds" in capsys.readouterr().out
+
+
+def test_what_a_part_measured_is_saved(run, monkeypatch, tmp_path):
+    measured = {
+        "op": "pack",
+        "framework": "numpy",
+        "work": "2 x 3",
+        "impl": "scree",
+        "ms": 1.0,
+        "low": 1.0,
+        "high": 1.0,
+    }
+    saved = {}
+    part = SimpleNamespace(PACKAGES=("scree",), SEQUENCES=(2,), rows=lambda sizes, seconds: iter([measured]))
+    monkeypatch.setitem(sys.modules, "bench_core", part)  # which itself imports every peer
+    monkeypatch.setattr(run.measure, "save", lambda name, part, found: saved.update({(name, part): found["rows"]}))
+    monkeypatch.setitem(run.TABLES, "core", lambda found: "the table")
+    monkeypatch.setattr(run, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(sys, "argv", ["run.py", "core"])
+    run.main()
+    assert saved == {(run.DEVICE, "core"): [measured]}
+    assert "# Benchmarks" in run.PAGE.read_text()
 
 
 def test_the_page_is_made_from_the_results(run):

@@ -24,6 +24,7 @@ def cluster():
     import ray
 
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # so that the workers can import this module
+    os.environ["RAY_worker_niceness"] = "0"  # at Ray's own 15 they would wait for whatever else runs here
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
