@@ -91,6 +91,8 @@ WORKS = (
     ),
 )
 
+PORTABLE = "scree, portable kernels"
+
 # A contender is a function of a workload and its q, k, v: it prepares what does not count, and gives the call.
 Contender = Callable[[Work, torch.Tensor, torch.Tensor, torch.Tensor], Thunk]
 
@@ -108,6 +110,39 @@ def tensors(**options: Any) -> Contender:
         return lambda: fast.varlen_attention_triton(*qkv, work.cu_seqlens, work.causal, **options)
 
     return prepare
+
+
+def portable(work: Work, *qkv: torch.Tensor) -> Thunk:
+    """Triton's plain kernels, where Hopper has others of its own; the backward too, so the call must hold it."""
+    cu_seqlens, causal = work.cu_seqlens, work.causal
+    return lambda: fast.varlen_attention_triton(*qkv, cu_seqlens, causal)
+
+
+def without_hopper(run: Thunk) -> Thunk:
+    """The same call with Hopper's kernels refused; an error if nobody asked for them, as it measured something else."""
+    from scree.kernels.triton import _hopper, _hopper_bwd
+
+    places = [(module, module.why_not) for module in (_hopper, _hopper_bwd)]
+    asked = []
+
+    def refuse(*_: Any) -> str:
+        asked.append(True)
+        return "these are the portable kernels"
+
+    def refused() -> Any:
+        asked.clear()
+        for module, _ in places:
+            module.why_not = refuse
+        try:
+            result = run()
+        finally:
+            for module, why_not in places:
+                module.why_not = why_not
+        if not asked:
+            raise RuntimeError("the portable kernels were not what ran")
+        return result
+
+    return refused
 
 
 def flash_2(work: Work, *qkv: torch.Tensor) -> Thunk:
@@ -184,6 +219,8 @@ def ours() -> dict[str, Contender]:
     }
     if "deterministic" in _options():
         found["scree, deterministic=False"] = tensors(deterministic=False)
+    if torch.cuda.get_device_capability() == (9, 0):
+        found[PORTABLE] = portable
     return found
 
 
@@ -216,9 +253,13 @@ def _case(op: str, work: Work, flops: float, how: Callable[[Work, Contender], Th
         amount=flops * work.flops,
         dtype=work.dtype,
         want=want,
-        contenders={name: (lambda c=c: [how(work, c)]) for name, c in contenders.items()},
+        contenders={name: (lambda name=name, c=c: [_run(name, how(work, c))]) for name, c in contenders.items()},
         tensors={"scree triton": lambda: how(work, tensors())},
     )
+
+
+def _run(name: str, run: Thunk) -> Thunk:
+    return without_hopper(run) if name == PORTABLE else run
 
 
 def _leaves(work: Work) -> list[torch.Tensor]:
