@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
 import json
-import os
-import platform
 import re
 import shutil
 import subprocess
@@ -29,9 +26,8 @@ import measure
 import torch
 from cuda_timing import Case, Clock, rows
 
-import scree
-
 PEERS = ("flash-attn-4", "quack-kernels", "liger-kernel", "nvidia-cutlass-dsl")
+PACKAGES = ("torch", "triton", "scree", *PEERS)
 PARTS = {"attention": cuda_attention.cases, "memory": cuda_memory.cases}
 ATTENTION = "attention"
 
@@ -115,28 +111,8 @@ def ceilings(clock: Clock) -> dict[str, float]:
 
 
 def device() -> dict[str, Any]:
-    """What this is measured on. Where the checkout has no history, SCREE_COMMIT names its commit."""
-    versions = {"torch": torch.__version__, "triton": _version("triton"), "scree": scree.__version__}
-    versions |= {peer: _version(peer) for peer in PEERS}
-    try:
-        commit, changed = measure._git("rev-parse", "HEAD"), bool(measure._git("status", "--porcelain", "--", "src"))
-    except (OSError, subprocess.CalledProcessError):
-        commit, changed = os.environ.get("SCREE_COMMIT", "unknown"), False
-    return {
-        "device": torch.cuda.get_device_name(),
-        "driver": _driver(),
-        "system": f"{platform.system()} {platform.machine()}, CPython {platform.python_version()}",
-        "versions": {name: version for name, version in versions.items() if version},
-        "commit": commit,
-        "changed": changed,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """What this is measured on, the device in the place of the processor."""
+    return measure.machine(PACKAGES) | {"device": torch.cuda.get_device_name(), "driver": _driver()}
 
 
 def _driver() -> str:

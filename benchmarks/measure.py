@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 def machine(packages: tuple[str, ...]) -> dict[str, Any]:
     """Say what this is measured on: device, system, versions of what is installed, and the commit of the checkout.
 
-    Where the checkout has no history, SCREE_COMMIT names its commit.
+    Where the checkout is a copy without its history, SCREE_COMMIT names its commit.
     """
     known = os.environ.get("SCREE_COMMIT")
     return {
