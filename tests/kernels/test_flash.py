@@ -175,7 +175,7 @@ def test_a_package_that_does_not_load_says_why(th, monkeypatch, name):
         raise ImportError("libcudart.so.13: cannot open shared object file")
 
     monkeypatch.setattr(module, "_KEPT", {})
-    monkeypatch.setattr(module.importlib, "import_module", broken)
+    monkeypatch.setattr(importlib, "import_module", broken)
     monkeypatch.setattr(th.module.cuda, "get_device_capability", lambda device: (9, 0))
     assert "cannot be imported: libcudart.so.13: cannot open" in why_not(module, arrays(th))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -58,6 +59,16 @@ def head_dims(q: Array, v: Array, most: int) -> str | None:
     if dim != v_dim:
         return f"q and v need the same head_dim, got {dim} and {v_dim}"
     return None
+
+
+def imported(package: str, kept: dict[str, Any]) -> Any:
+    """`flash_attn_varlen_func` of a package, tried but once; or a text that says why there is none."""
+    if "function" not in kept:
+        try:
+            kept["function"] = importlib.import_module(package).flash_attn_varlen_func
+        except (ImportError, OSError, AttributeError) as error:  # OSError: a shared library that does not load
+            kept["function"] = f"{package} cannot be imported: {error}"
+    return kept["function"]
 
 
 def arguments(q: Array, k: Array) -> tuple[Tensor, Tensor, int, int]:

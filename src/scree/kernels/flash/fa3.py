@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._array import Array
-from ._limits import arguments, head_dims, output, refusal, window
+from ._limits import arguments, head_dims, imported, output, refusal, window
 
 _WIDEST = 256
+_PACKAGE = "flash_attn_interface"
 _KEPT: dict[str, Any] = {}
-
-
-def _function() -> Any:
-    """`flash_attn_varlen_func`, or a text that says why there is none."""
-    if "function" not in _KEPT:
-        try:
-            _KEPT["function"] = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
-        except (ImportError, OSError, AttributeError) as error:  # OSError: a shared library that does not load
-            _KEPT["function"] = f"flash_attn_interface cannot be imported: {error}"
-    return _KEPT["function"]
 
 
 def why_not(op: str, q: Array, k: Array, v: Array, causal: bool = False, **options: Any) -> str | None:
@@ -33,7 +23,7 @@ def why_not(op: str, q: Array, k: Array, v: Array, causal: bool = False, **optio
     major, minor = torch.cuda.get_device_capability(q.values.device)
     if major != 9:
         return f"it is for Hopper (sm_90), this device is sm_{major}{minor}"
-    function = _function()
+    function = imported(_PACKAGE, _KEPT)
     return function if isinstance(function, str) else None
 
 
@@ -53,7 +43,7 @@ def varlen_attention(
     """Compute `scree.kernels.varlen_attention` by FlashAttention-3."""
     left, right = window(causal, window_size, -1)
     whole = (left, right) == (-1, 0)
-    result = _function()(
+    result = imported(_PACKAGE, _KEPT)(
         q.values,
         k.values,
         v.values,

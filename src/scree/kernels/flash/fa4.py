@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._array import Array
-from ._limits import arguments, head_dims, output, refusal, window
+from ._limits import arguments, head_dims, imported, output, refusal, window
 
 _WIDEST = {9: 256, 10: 128, 11: 128}  # major capability -> head dim
 _TESTED = (64, 128, 192, 256)
+_PACKAGE = "flash_attn.cute"
 _KEPT: dict[str, Any] = {}
-
-
-def _function() -> Any:
-    """`flash_attn_varlen_func`, or a text that says why there is none."""
-    if "function" not in _KEPT:
-        try:
-            _KEPT["function"] = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
-        except (ImportError, OSError, AttributeError) as error:  # OSError: a shared library that does not load
-            _KEPT["function"] = f"flash_attn.cute cannot be imported: {error}"
-    return _KEPT["function"]
 
 
 def why_not(op: str, q: Array, k: Array, v: Array, causal: bool = False, **options: Any) -> str | None:
@@ -36,7 +26,7 @@ def why_not(op: str, q: Array, k: Array, v: Array, causal: bool = False, **optio
     major, minor = torch.cuda.get_device_capability(q.values.device)
     if major not in _WIDEST:
         return f"it is for sm_90, sm_100 and sm_110, this device is sm_{major}{minor}"
-    function = _function()
+    function = imported(_PACKAGE, _KEPT)
     return function if isinstance(function, str) else head_dims(q, v, _WIDEST[major])
 
 
@@ -57,7 +47,7 @@ def varlen_attention(
     left, right = window(causal, window_size, None)
     whole = (left, right) == (None, 0)
     cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = arguments(q, k)
-    result = _function()(
+    result = imported(_PACKAGE, _KEPT)(
         q.values,
         k.values,
         v.values,
