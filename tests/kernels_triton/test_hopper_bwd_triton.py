@@ -78,8 +78,8 @@ def test_what_runs_before_and_after(monkeypatch):
 @pytest.mark.parametrize(
     ("target", "dim", "options"),
     [
-        ("sm_90", 64, {}),
-        ("sm_90", 64, {"deterministic": False}),
+        ("sm_90", 64, {"softcap": 5.0}),
+        ("sm_90", 96, {"deterministic": False}),
         ("sm_90", 128, {"softcap": 5.0}),
         ("sm_90", 128, {"window_size": (5, 0)}),
         ("sm_80", 128, {}),

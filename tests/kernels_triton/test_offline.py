@@ -20,11 +20,19 @@ SERVED = {op for op, impls in TABLE.items() if any(impl.name == "triton" for imp
 HALVES = (torch.float16, torch.bfloat16)
 FORWARD, DQ, DKV = "_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel"
 ATTENTION = (FORWARD, DQ, DKV)
-HOPPER = {"_hopper_fwd_kernel": {FORWARD}, "_hopper_bwd_kernel": {DQ, DKV}}  # instead of which, where they serve
+PAIR_DQ, PAIR_DKV = "_hopper_pair_dq_kernel", "_hopper_pair_dkv_kernel"
+HOPPER = {  # instead of which, where they serve
+    "_hopper_fwd_kernel": {FORWARD}, "_hopper_bwd_kernel": {DQ, DKV}, PAIR_DQ: {DQ}, PAIR_DKV: {DKV},
+}  # fmt: skip
 
 # Where attention does not fit in the registers, for which widest head dim, and how much of it at most: measured, this
 # was the fastest. What is not here must not spill at all.
-SPILLS = {("sm_90", DKV): {128: 16}, ("sm_90", "_hopper_bwd_kernel"): {128: 70}}
+SPILLS = {
+    ("sm_90", DKV): {128: 16},
+    ("sm_90", "_hopper_bwd_kernel"): {128: 70},
+    ("sm_90", PAIR_DQ): {64: 24},
+    ("sm_90", PAIR_DKV): {64: 64},
+}
 # Masks: AMD keeps them in scalar registers, and where there are too few of those, in lanes of vector registers.
 SCALARS = {("gfx942", "_rows_kernel"): 24, ("gfx942", "_list_kernel"): 2}
 

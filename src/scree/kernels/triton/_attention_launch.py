@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from . import _hopper, _hopper_bwd, _tiles
+from . import _hopper, _hopper_bwd, _hopper_pair, _tiles
 from ._attention_bwd_kernels import _attention_bwd_dkv_kernel, _attention_bwd_dq_kernel
 from ._attention_fwd_kernels import _attention_fwd_kernel
 from ._attention_tiles import Tiles, tiles_for
@@ -323,6 +323,8 @@ def backward(
     given = (do, dlse, q, k, v, cu_q, cu_k, o, lse, (dq, dk, dv), options, kept_q, kept_k)
     if _hopper_bwd.why_not(q, k, v, do, options, cu_q.shape[0] - 1) is None:
         delta = _hopper_bwd.backward(*given, regime == LONG)
+    elif _hopper_pair.why_not(q, k, v, o, do, options) is None:
+        delta = _hopper_pair.backward(*given, regime)
     else:
         delta = _two_kernels(*given, regime)
     dsinks = None

@@ -1,0 +1,143 @@
+"""Attention backward on Hopper (sm_90) at head dim 64: which calls its pair of kernels serves, and launching those."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import _tiles
+from ._hopper import has_gluon
+from ._launch import INTERPRETED, Launcher, capability, device_number
+from ._tiles import Kept
+
+if TYPE_CHECKING:
+    from ._attention_launch import Options
+
+_WIDTH = 64
+LONG, SHORT = 0, 2
+_ROWS = 64  # of a tile
+_MOST_STRIDE = 1 << 24  # the places of a block are counted in 32 bits
+REGISTERS = {"dq": 128, "dkv": 168}
+"""Of a thread: so that four programs, and three, run at once on a multiprocessor."""
+TURNS = {"dq": 1, "dkv": 2}
+"""How many heads a program takes one after the other at most, where sequences are short: it is busy with more than its start."""
+
+PDL = True
+
+_LAUNCHERS: dict[Any, tuple[tuple[Launcher, int], tuple[Launcher, int]]] = {}
+
+
+def why_not(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, do: torch.Tensor, options: Options
+) -> str | None:
+    """Say what speaks against the kernels for Hopper: a reason for the portable ones."""
+    if INTERPRETED or capability(device_number(q)) != (9, 0):
+        return "their instructions are those of sm_90"
+    if not has_gluon():
+        return "Gluon, their language, came with Triton 3.6"
+    if q.dtype.itemsize != 2:
+        return f"they multiply 16-bit numbers, not {q.dtype}"
+    if not q.shape[2] == v.shape[2] == _WIDTH:
+        return f"they have head dim {_WIDTH}, the same of q and v, not {q.shape[2]} and {v.shape[2]}"
+    if options.left >= 0 or options.softcap > 0:
+        return "they have no window to the left, and no softcap"
+    if not all(map(_reaches, (q, k, v, o, do))):
+        return "they copy 16 bytes at a time, from rows at multiples of 32 bytes, and not too far apart"
+    return None
+
+
+def _reaches(x: torch.Tensor) -> bool:
+    """Whether the rows of x can be copied 16 bytes at a time: the compiler looks for multiples of 16 elements."""
+    stride_t, stride_h, _ = x.stride()
+    return stride_t % 16 == stride_h % 16 == x.data_ptr() % 16 == 0 and stride_t < _MOST_STRIDE
+
+
+def backward(
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    options: Options,
+    kept_q: Kept | None,
+    kept_k: Kept | None,
+    regime: int,
+) -> torch.Tensor:
+    """Write dQ, then dK and dV to `grads`, each summed in a fixed order; return delta (H, T)."""
+    dq, dk, dv = grads
+    total, heads, _ = q.shape
+    total_k, kv_heads, _ = k.shape
+    q_map = _tiles.of(kept_q, cu_q, cu_k, total, total_k, _ROWS, options.left, options.right)
+    k_map = _tiles.of(kept_k, cu_k, cu_q, total_k, total, _ROWS, options.right, options.left)
+    delta = torch.empty_like(lse)
+    rows = torch.empty((heads, q_map.slots, 2, _ROWS), dtype=torch.float32, device=q.device)
+    (first, at_once), (second, kv_at_once) = _launchers(q, kv_heads, options.right >= 0, dlse is not None, regime)
+    first(
+        (q_map.slots * at_once, 1, 1),
+        (q, k, v, o, do, lse, lse if dlse is None else dlse, q_map.tiles, dq, delta, rows),
+        (
+            *(stride for x in (q, k, v, o, do, dq) for stride in x.stride()[:2]),
+            total,
+            q_map.slots,
+            options.scale,
+            options.right,
+        ),
+    )
+    second(
+        (k_map.slots * kv_at_once, 1, 1),
+        (q, k, v, do, rows, k_map.tiles, dk, dv),
+        (
+            *(stride for x in (q, k, v, do, dk, dv) for stride in x.stride()[:2]),
+            k_map.slots,
+            q_map.slots,
+            options.scale,
+            options.right,
+        ),
+    )
+    return delta
+
+
+def _turns(kernel: str, heads: int, regime: int) -> int:
+    """How many heads a program takes in turn."""
+    most = TURNS[kernel] if regime == SHORT else 1
+    return max(turns for turns in range(1, most + 1) if heads % turns == 0)
+
+
+def _launchers(
+    q: torch.Tensor, kv_heads: int, has_right: bool, has_dlse: bool, regime: int
+) -> tuple[tuple[Launcher, int], tuple[Launcher, int]]:
+    """What computes dQ, and what computes dK and dV, each with its programs a tile; made at the first call."""
+    device, heads = device_number(q), q.shape[1]
+    facts = (device, q.dtype, heads, kv_heads, has_right, has_dlse, regime)
+    found = _LAUNCHERS.get(facts)
+    if found is None:
+        from . import _hopper_pair_kernels as kernels  # in a language that older Tritons do not have
+
+        group, long = heads // kv_heads, regime == LONG
+        turns, kv_turns = _turns("dq", heads, regime), _turns("dkv", kv_heads, regime)
+        of_dq = {"GROUP": group, "INNER": group if long else heads // turns, "HEADS": turns}
+        of_dkv = {"GROUP": group, "INNER": 1 if long else kv_heads // kv_turns, "HEADS": kv_turns}
+        flags: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+        first = Launcher(
+            kernels._hopper_pair_dq_kernel,
+            device,
+            {**of_dq, "HAS_RIGHT": has_right, "DLSE": has_dlse},
+            maxnreg=REGISTERS["dq"],
+            **flags,
+        )
+        second = Launcher(
+            kernels._hopper_pair_dkv_kernel,
+            device,
+            {**of_dkv, "HAS_RIGHT": has_right},
+            maxnreg=REGISTERS["dkv"],
+            launch_pdl=PDL,
+            **flags,
+        )
+        found = _LAUNCHERS[facts] = (first, heads // turns), (second, kv_heads // kv_turns)
+    return found
