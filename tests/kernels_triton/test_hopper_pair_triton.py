@@ -75,6 +75,8 @@ def test_others_compute_the_rest(monkeypatch, target, dim, options):
 
 
 def test_how_many_heads_a_program_takes(monkeypatch):
-    for offsets, heads, turns in ((SHORT, 4, 2), (SHORT, 3, 1), (LONG, 4, 1)):
-        found = launches(monkeypatch, "sm_90", 64, offsets, (heads, heads))
+    for offsets, heads, causal, turns in (
+        (SHORT, 4, False, 2), (SHORT, 3, False, 1), (SHORT, 4, True, 1), (LONG, 4, False, 1)
+    ):  # fmt: skip
+        found = launches(monkeypatch, "sm_90", 64, offsets, (heads, heads), causal=causal)
         assert dict(found[DKV].constants)["HEADS"] == turns

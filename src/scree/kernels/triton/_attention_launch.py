@@ -324,7 +324,7 @@ def backward(
     if _hopper_bwd.why_not(q, k, v, do, options, cu_q.shape[0] - 1) is None:
         delta = _hopper_bwd.backward(*given, regime == LONG)
     elif _hopper_pair.why_not(q, k, v, o, do, options) is None:
-        delta = _hopper_pair.backward(*given, regime)
+        delta = _hopper_pair.backward(*given, regime == LONG, regime == SHORT)
     else:
         delta = _two_kernels(*given, regime)
     dsinks = None

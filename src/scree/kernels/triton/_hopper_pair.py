@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ._attention_launch import Options
 
 _WIDTH = 64
-LONG, SHORT = 0, 2
 _ROWS = 64  # of a tile
 _MOST_STRIDE = 1 << 24  # the places of a block are counted in 32 bits
 REGISTERS = {"dq": 128, "dkv": 168}
@@ -25,7 +24,7 @@ TURNS = {"dq": 1, "dkv": 2}
 
 PDL = True
 
-_LAUNCHERS: dict[Any, tuple[tuple[Launcher, int], tuple[Launcher, int]]] = {}
+_LAUNCHERS: dict[Any, tuple[Launcher, Launcher]] = {}
 
 
 def why_not(
@@ -67,9 +66,13 @@ def backward(
     options: Options,
     kept_q: Kept | None,
     kept_k: Kept | None,
-    regime: int,
+    long: bool,
+    short: bool,
 ) -> torch.Tensor:
-    """Write dQ, then dK and dV to `grads`, each summed in a fixed order; return delta (H, T)."""
+    """Write dQ, then dK and dV to `grads`, each summed in a fixed order; return delta (H, T).
+
+    Nothing may be launched between the two: the second is there before the first ends, and waits for that alone.
+    """
     dq, dk, dv = grads
     total, heads, _ = q.shape
     total_k, kv_heads, _ = k.shape
@@ -77,9 +80,10 @@ def backward(
     k_map = _tiles.of(kept_k, cu_k, cu_q, total_k, total, _ROWS, options.right, options.left)
     delta = torch.empty_like(lse)
     rows = torch.empty((heads, q_map.slots, 2, _ROWS), dtype=torch.float32, device=q.device)
-    (first, at_once), (second, kv_at_once) = _launchers(q, kv_heads, options.right >= 0, dlse is not None, regime)
+    turns = 2 if short and options.right < 0 and kv_heads % 2 == 0 else 1
+    first, second = _launchers(q, kv_heads, turns, options.right >= 0, dlse is not None, long)
     first(
-        (q_map.slots * at_once, 1, 1),
+        (q_map.slots * heads, 1, 1),
         (q, k, v, o, do, lse, lse if dlse is None else dlse, q_map.tiles, dq, delta, rows),
         (
             *(stride for x in (q, k, v, o, do, dq) for stride in x.stride()[:2]),
@@ -90,7 +94,7 @@ def backward(
         ),
     )
     second(
-        (k_map.slots * kv_at_once, 1, 1),
+        (k_map.slots * (kv_heads // turns), 1, 1),
         (q, k, v, do, rows, k_map.tiles, dk, dv),
         (
             *(stride for x in (q, k, v, do, dk, dv) for stride in x.stride()[:2]),
@@ -103,41 +107,24 @@ def backward(
     return delta
 
 
-def _turns(kernel: str, heads: int, regime: int) -> int:
-    """How many heads a program takes in turn."""
-    most = TURNS[kernel] if regime == SHORT else 1
-    return max(turns for turns in range(1, most + 1) if heads % turns == 0)
-
-
 def _launchers(
-    q: torch.Tensor, kv_heads: int, has_right: bool, has_dlse: bool, regime: int
-) -> tuple[tuple[Launcher, int], tuple[Launcher, int]]:
-    """What computes dQ, and what computes dK and dV, each with its programs a tile; made at the first call."""
+    q: torch.Tensor, kv_heads: int, turns: int, has_right: bool, has_dlse: bool, long: bool
+) -> tuple[Launcher, Launcher]:
+    """What computes dQ, and what computes dK and dV of `turns` heads a program; made at the first call."""
     device, heads = device_number(q), q.shape[1]
-    facts = (device, q.dtype, heads, kv_heads, has_right, has_dlse, regime)
+    facts = (device, q.dtype, heads, kv_heads, turns, has_right, has_dlse, long)
     found = _LAUNCHERS.get(facts)
     if found is None:
         from . import _hopper_pair_kernels as kernels  # in a language that older Tritons do not have
 
-        group, long = heads // kv_heads, regime == LONG
-        turns, kv_turns = _turns("dq", heads, regime), _turns("dkv", kv_heads, regime)
-        of_dq = {"GROUP": group, "INNER": group if long else heads // turns, "HEADS": turns}
-        of_dkv = {"GROUP": group, "INNER": 1 if long else kv_heads // kv_turns, "HEADS": kv_turns}
+        group = heads // kv_heads
+        of_dq = {"GROUP": group, "INNER": group if long else heads, "HAS_RIGHT": has_right, "DLSE": has_dlse}
+        of_dkv = {"GROUP": group, "INNER": 1 if long else kv_heads // turns, "HEADS": turns, "HAS_RIGHT": has_right}
         flags: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
-        first = Launcher(
-            kernels._hopper_pair_dq_kernel,
-            device,
-            {**of_dq, "HAS_RIGHT": has_right, "DLSE": has_dlse},
-            maxnreg=REGISTERS["dq"],
-            **flags,
+        found = _LAUNCHERS[facts] = (
+            Launcher(kernels._hopper_pair_dq_kernel, device, of_dq, maxnreg=REGISTERS["dq"], **flags),
+            Launcher(
+                kernels._hopper_pair_dkv_kernel, device, of_dkv, maxnreg=REGISTERS["dkv"], launch_pdl=True, **flags
+            ),
         )
-        second = Launcher(
-            kernels._hopper_pair_dkv_kernel,
-            device,
-            {**of_dkv, "HAS_RIGHT": has_right},
-            maxnreg=REGISTERS["dkv"],
-            launch_pdl=PDL,
-            **flags,
-        )
-        found = _LAUNCHERS[facts] = (first, heads // turns), (second, kv_heads // kv_turns)
     return found

@@ -3,9 +3,8 @@
 The same two passes as the portable kernels (FlashAttention-2, algorithm 2), so that each sum has one author. But here a
 product runs while others are computed with: that of dO and V under the exponentials, that of the probabilities and dO
 under the gradients of the scores. A program is one warpgroup, with so few registers that three or four share a
-multiprocessor, and fill the gaps of each other. It takes several heads of a tile in turn, and fetches for the next one
-while it ends the one before. Copies to shared memory go by rows, each with its own condition: what lies beyond a sequence
-is zeros there, whatever is in memory.
+multiprocessor, and fill the gaps of each other. Copies to shared memory go by rows, each with its own condition: what lies
+beyond a sequence is zeros there, whatever is in memory.
 """
 
 from triton.experimental import gluon
@@ -14,13 +13,15 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ._attention_fwd_kernels import _span, _tile
+from ._attention_fwd_kernels import _span, _tile, _work
 from ._tiles_kernels import ABSENT
 
 LOG2E = gl.constexpr(1.4426950408889634)
 ROWS = gl.constexpr(64)  # of a tile, and of a step
-HALF = gl.constexpr(32)  # of a last step that has no more to do
 D = gl.constexpr(64)
+
+# Renamed after Triton 3.6.
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 _ROWWISE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread
 _LINE = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
@@ -68,77 +69,37 @@ def _arrived():
 
 
 @gluon.jit
-def _work(slots, INNER: gl.constexpr, HEADS: gl.constexpr):
-    """The tile of a program and its first head: HEADS heads in turn, INNER programs of a tile side by side."""
-    program = gl.program_id(0)
-    outer = program // INNER
-    return outer % slots, ((outer // slots * INNER + program % INNER) * HEADS).to(gl.int64)
-
-
-@gluon.jit
-def _whole_steps(begin, end):
-    """Where a half step is left to do, if that is not `end`."""
-    return begin + (end - begin + (ROWS - HALF - 1)) // ROWS * ROWS
-
-
-@gluon.jit
-def _following(turn, at, begin, end):
-    """The turn and the place of the next step."""
-    last = at + ROWS >= end
-    return gl.where(last, turn + 1, turn), gl.where(last, begin, at + ROWS)
-
-
-@gluon.jit
-def _fetch_keys(memory, pointers, stage, head, turn, at, k_length, GROUP: gl.constexpr, HEADS: gl.constexpr):
-    """Have the keys and values from `at` copied, for a turn of the heads from `head` on."""
+def _fetch_keys(memory, pointers, stage, at, count):
+    """Have the keys and values from `at` copied."""
     k_sm, v_sm = memory
-    k_ptr, v_ptr, stride_k_t, stride_k_h, stride_v_t, stride_v_h = pointers
-    there = gl.where(turn < HEADS, k_length, 0)
-    kv_head = (head + turn) // GROUP
-    _copy(k_sm.index(stage), k_ptr + kv_head * stride_k_h, at, there, stride_k_t)
-    _copy(v_sm.index(stage), v_ptr + kv_head * stride_v_h, at, there, stride_v_t)
+    k_ptr, v_ptr, stride_k_t, stride_v_t = pointers
+    _copy(k_sm.index(stage), k_ptr, at, count, stride_k_t)
+    _copy(v_sm.index(stage), v_ptr, at, count, stride_v_t)
     async_copy.commit_group()
-
-
-@gluon.jit
-def _fetch_outputs(q_sm, do_sm, pointers, base, head, count):
-    """Have the queries and the gradients of a tile copied, and load its outputs."""
-    q_ptr, do_ptr, o_ptr, stride_q_t, stride_q_h, stride_do_t, stride_do_h, stride_o_t, stride_o_h = pointers
-    stride = _anew(stride_do_t)
-    _copy(do_sm, do_ptr + base * stride + head * stride_do_h, 0, count, stride)
-    stride = _anew(stride_q_t)
-    _copy(q_sm, q_ptr + base * stride + head * stride_q_h, 0, count, stride)
-    async_copy.commit_group()
-    stride = _anew(stride_o_t)
-    return gl.load(o_ptr + base * stride + head * stride_o_h + _places(stride), mask=_present(count), other=0.0)
 
 
 @gluon.jit
 def _dq_step(
-    dq, q_sm, do_sm, memory, pointers, lse, delta, head, turn, at, begin, end, k_length, high, count, scale,
-    GROUP: gl.constexpr, HEADS: gl.constexpr, WIDTH: gl.constexpr, MASKED: gl.constexpr,
-    LAYOUT: gl.constexpr, SUMS: gl.constexpr,
+    dq, q_sm, do_sm, memory, pointers, lse, delta, at, end, k_length, high, count, scale,
+    MASKED: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """The WIDTH keys from `at`; those of the next step are fetched meanwhile."""
+    """The keys from `at`; those of the next step are fetched meanwhile."""
     k_sm, v_sm = memory
     stage = count % 2
     _arrived()
-    next_turn, next_at = _following(turn, at, begin, end)
-    _fetch_keys(memory, pointers, 1 - stage, head, next_turn, next_at, k_length, GROUP, HEADS)
-    k = k_sm.index(stage).slice(0, WIDTH, 0)
-    v = v_sm.index(stage).slice(0, WIDTH, 0)
-    zeros = gl.zeros([ROWS, WIDTH], gl.float32, layout=LAYOUT)
-    s = warpgroup_mma(q_sm, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    dp = warpgroup_mma(do_sm, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    _fetch_keys(memory, pointers, 1 - stage, at + ROWS, gl.where(at + ROWS < end, k_length, 0))
+    zeros = gl.zeros([ROWS, ROWS], gl.float32, layout=LAYOUT)
+    s = warpgroup_mma(q_sm, k_sm.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    dp = warpgroup_mma(do_sm, v_sm.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
-    p = gl.exp2(s * scale - gl.expand_dims(gl.convert_layout(lse, gl.SliceLayout(1, LAYOUT)), 1))
+    p = gl.exp2(s * scale - gl.expand_dims(lse, 1))
     if MASKED:
-        cols = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT)), 0)
-        p = gl.where(cols < gl.expand_dims(gl.convert_layout(high - at, gl.SliceLayout(1, LAYOUT)), 1), p, 0.0)
+        cols = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT)), 0)
+        p = gl.where(cols < gl.expand_dims(high - at, 1), p, 0.0)
     p, dp = warpgroup_mma_wait(0, deps=(p, dp))  # p too, so that it is computed before
-    ds = p * (dp - gl.expand_dims(gl.convert_layout(delta, gl.SliceLayout(1, LAYOUT)), 1))
-    ds = gl.convert_layout(ds.to(k_sm.dtype), gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2))
-    dq = warpgroup_mma(ds, k, dq, is_async=True)
+    ds = (p * (dp - gl.expand_dims(delta, 1))).to(k_sm.dtype)
+    ds = gl.convert_layout(ds, gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=2))
+    dq = warpgroup_mma(ds, k_sm.index(stage), dq, is_async=True)
     return warpgroup_mma_wait(0, deps=(dq,))
 
 
@@ -148,7 +109,7 @@ def _hopper_pair_dq_kernel(
     stride_q_t: "i64", stride_q_h: "i64", stride_k_t: "i64", stride_k_h: "i64", stride_v_t: "i64", stride_v_h: "i64",
     stride_o_t: "i64", stride_o_h: "i64", stride_do_t: "i64", stride_do_h: "i64", stride_dq_t: "i64", stride_dq_h: "i64",
     total_q: "i64", slots: "i32", scale: "fp32", right: "i32",
-    GROUP: gl.constexpr, INNER: gl.constexpr, HEADS: gl.constexpr, HAS_RIGHT: gl.constexpr, DLSE: gl.constexpr,
+    GROUP: gl.constexpr, INNER: gl.constexpr, HAS_RIGHT: gl.constexpr, DLSE: gl.constexpr,
 ):  # fmt: skip
     """dQ, ``delta = sum(o * do) - dlse`` in `delta` (H, T), and for the other kernel the aligned `rows`.
 
@@ -157,76 +118,67 @@ def _hopper_pair_dq_kernel(
     gdc_launch_dependents()
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
-    sums: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
-    half: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
-    index, head = _work(slots, INNER, HEADS)
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
+    sums: gl.constexpr = gl.SliceLayout(1, _ROWWISE)
+    index, head = _work(slots, INNER)
     kind, q_start, q_length, k_start, k_length, block, row = _tile(tiles_ptr, index)
     if kind == ABSENT:
         return
     begin, _, all_end, end = _span(block, q_length, k_length, -1, right, ROWS, ROWS, False, HAS_RIGHT)
-    halved = _whole_steps(all_end, end)
     q_sm = gl.allocate_shared_memory(dtype, [ROWS, D], shared)
     do_sm = gl.allocate_shared_memory(dtype, [ROWS, D], shared)
     k_sm = gl.allocate_shared_memory(dtype, [2, ROWS, D], shared)
     v_sm = gl.allocate_shared_memory(dtype, [2, ROWS, D], shared)
-    memory = (k_sm, v_sm)
-    pointers = (
-        k_ptr + k_start * stride_k_t, v_ptr + k_start * stride_v_t, stride_k_t, stride_k_h, stride_v_t, stride_v_h
-    )  # fmt: skip
-    rowwise = (q_ptr, do_ptr, o_ptr, stride_q_t, stride_q_h, stride_do_t, stride_do_h, stride_o_t, stride_o_h)
     base = q_start + block.to(gl.int64) * ROWS
     left_over = q_length - block * ROWS
-    local = gl.arange(0, ROWS, layout=gl.SliceLayout(1, _ROWWISE))
+    _copy(do_sm, do_ptr + base * stride_do_t + head * stride_do_h, 0, left_over, stride_do_t)
+    async_copy.commit_group()
+    pointers = (
+        k_ptr + k_start * stride_k_t + head // GROUP * stride_k_h,
+        v_ptr + k_start * stride_v_t + head // GROUP * stride_v_h,
+        stride_k_t, stride_v_t,
+    )  # fmt: skip
+    _copy(q_sm, q_ptr + base * stride_q_t + head * stride_q_h, 0, left_over, stride_q_t)
+    _fetch_keys((k_sm, v_sm), pointers, 0, begin, gl.where(begin < end, k_length, 0))
+    o = gl.load(
+        o_ptr + base * stride_o_t + head * stride_o_h + _places(stride_o_t), mask=_present(left_over), other=0.0
+    )
+    local = gl.arange(0, ROWS, layout=sums)
     there = local < left_over
-    rows = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, sums))
+    across = head * total_q + base
+    lse = gl.load(lse_ptr + across + local, mask=there, other=float("inf"))
+    lse = gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    async_copy.wait_group(1)
+    delta = gl.sum(o.to(gl.float32) * do_sm.load(_ROWWISE).to(gl.float32), 1)
+    if DLSE:
+        delta -= gl.load(dlse_ptr + across + local, mask=there, other=0.0)
+    gl.store(delta_ptr + across + local, delta, mask=there)
+    aligned = rows_ptr + (head * slots + q_start // ROWS + row + block) * (2 * ROWS)
+    gl.store(aligned + local, lse)
+    gl.store(aligned + ROWS + local, delta)
+
+    lse = gl.convert_layout(lse, gl.SliceLayout(1, layout))
+    delta = gl.convert_layout(delta, gl.SliceLayout(1, layout))
+    rows = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     high = gl.zeros_like(rows) + k_length  # the first key that a query does not see
     if HAS_RIGHT:
         high = gl.minimum(high, rows + (k_length - q_length + right + 1))
-    scale_2 = scale * LOG2E
+    dq = gl.zeros([ROWS, D], gl.float32, layout=layout)
     count = 0
-    _fetch_keys(memory, pointers, 0, head, gl.where(begin < end, 0, HEADS), begin, k_length, GROUP, HEADS)
-    o = _fetch_outputs(q_sm, do_sm, rowwise, base, head, left_over)
-    for turn in range(HEADS):
-        mine = head + turn
-        across = mine * total_q + base
-        lse = gl.load(lse_ptr + across + local, mask=there, other=float("inf"))
-        lse = gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-        async_copy.wait_group(0)
-        delta = gl.sum(o.to(gl.float32) * do_sm.load(_ROWWISE).to(gl.float32), 1)
-        if DLSE:
-            delta -= gl.load(dlse_ptr + across + local, mask=there, other=0.0)
-        gl.store(delta_ptr + across + local, delta, mask=there)
-        aligned = rows_ptr + (mine * slots + q_start // ROWS + row + block) * (2 * ROWS)
-        gl.store(aligned + local, lse)
-        gl.store(aligned + ROWS + local, delta)
-        lse = gl.convert_layout(lse, gl.SliceLayout(1, sums))
-        delta = gl.convert_layout(delta, gl.SliceLayout(1, sums))
-        dq = gl.zeros([ROWS, D], gl.float32, layout=sums)
-        for at in range(begin, all_end, ROWS):
-            dq = _dq_step(
-                dq, q_sm, do_sm, memory, pointers, lse, delta, head, turn, at, begin, end, k_length, high, count, scale_2,
-                GROUP, HEADS, ROWS, False, sums, sums,
-            )  # fmt: skip
-            count += 1
-        for at in range(all_end, halved, ROWS):
-            dq = _dq_step(
-                dq, q_sm, do_sm, memory, pointers, lse, delta, head, turn, at, begin, end, k_length, high, count, scale_2,
-                GROUP, HEADS, ROWS, True, sums, sums,
-            )  # fmt: skip
-            count += 1
-        if halved < end:
-            dq = _dq_step(
-                dq, q_sm, do_sm, memory, pointers, lse, delta, head, turn, halved, begin, end, k_length, high, count,
-                scale_2, GROUP, HEADS, HALF, True, half, sums,
-            )  # fmt: skip
-            count += 1
-        if HEADS > 1:
-            gl.thread_barrier()  # all are done with this head
-            o = _fetch_outputs(q_sm, do_sm, rowwise, base, mine + 1, gl.where(turn + 1 < HEADS, left_over, 0))
-        else:
-            async_copy.wait_group(0)  # the zeros of the step that never comes: others use that memory now
-        stride = _anew(stride_dq_t)
-        _store(dq_ptr + base * stride + mine * stride_dq_h, dq * scale, left_over, stride)
+    for at in range(begin, all_end, ROWS):
+        dq = _dq_step(
+            dq, q_sm, do_sm, (k_sm, v_sm), pointers, lse, delta, at, end, k_length, high, count, scale * LOG2E,
+            False, layout,
+        )  # fmt: skip
+        count += 1
+    for at in range(all_end, end, ROWS):
+        dq = _dq_step(
+            dq, q_sm, do_sm, (k_sm, v_sm), pointers, lse, delta, at, end, k_length, high, count, scale * LOG2E,
+            True, layout,
+        )  # fmt: skip
+        count += 1
+    async_copy.wait_group(0)  # the zeros of the step that never comes: others use that memory now
+    _store(dq_ptr + base * stride_dq_t + head * stride_dq_h, dq * scale, left_over, stride_dq_t)
 
 
 @gluon.jit
@@ -259,30 +211,31 @@ def _fetch_own(k_sm, v_sm, pointers, base, head, count):
 @gluon.jit
 def _dkv_step(
     dk, dv, k_sm, v_sm, memory, pointers, turn, at, begin, end, q_length, low, count, scale,
-    TURNS: gl.constexpr, WIDTH: gl.constexpr, MASKED: gl.constexpr, LAYOUT: gl.constexpr, SUMS: gl.constexpr,
+    TURNS: gl.constexpr, MASKED: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """The WIDTH queries from `at`, scores transposed (keys, queries); those of the next step are fetched meanwhile."""
+    """The queries from `at`, scores transposed (keys, queries); those of the next step are fetched meanwhile."""
     q_sm, do_sm, lse_sm, delta_sm = memory
-    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=2)
     line: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     stage = count % 2
     _arrived()
-    next_turn, next_at = _following(turn, at, begin, end)
-    _fetch_queries(memory, pointers, 1 - stage, next_turn, next_at, q_length, TURNS)
-    q = q_sm.index(stage).slice(0, WIDTH, 0)
-    do = do_sm.index(stage).slice(0, WIDTH, 0)
-    zeros = gl.zeros([ROWS, WIDTH], gl.float32, layout=LAYOUT)
+    last = at + ROWS >= end
+    next_at = gl.where(last, begin, at + ROWS)
+    _fetch_queries(memory, pointers, 1 - stage, gl.where(last, turn + 1, turn), next_at, q_length, TURNS)
+    q = q_sm.index(stage)
+    do = do_sm.index(stage)
+    zeros = gl.zeros([ROWS, ROWS], gl.float32, layout=LAYOUT)
     s = warpgroup_mma(k_sm, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     dp = warpgroup_mma(v_sm, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
-    p = gl.exp2(s * scale - gl.expand_dims(lse_sm.index(stage).slice(0, WIDTH).load(line), 0))
+    p = gl.exp2(s * scale - gl.expand_dims(lse_sm.index(stage).load(line), 0))
     if MASKED:
-        rows = gl.expand_dims(gl.arange(0, WIDTH, layout=line), 0)
-        p = gl.where(rows >= gl.expand_dims(gl.convert_layout(low - at, gl.SliceLayout(1, LAYOUT)), 1), p, 0.0)
+        rows = gl.expand_dims(gl.arange(0, ROWS, layout=line), 0)
+        p = gl.where(rows >= gl.expand_dims(low - at, 1), p, 0.0)
     pb = gl.convert_layout(p.to(k_sm.dtype), operand)
     p, dp = warpgroup_mma_wait(0, deps=(p, dp))  # p too, so that it is computed before
     dv = warpgroup_mma(pb, do, dv, is_async=True)
-    ds = p * (dp - gl.expand_dims(delta_sm.index(stage).slice(0, WIDTH).load(line), 0))
+    ds = p * (dp - gl.expand_dims(delta_sm.index(stage).load(line), 0))
     ds = gl.convert_layout(ds.to(k_sm.dtype), operand)
     dk = warpgroup_mma(ds, q, dk, is_async=True)
     return warpgroup_mma_wait(0, deps=(dk, dv))
@@ -296,20 +249,22 @@ def _hopper_pair_dkv_kernel(
     stride_dv_h: "i64", slots: "i32", slots_q: "i64", scale: "fp32", right: "i32",
     GROUP: gl.constexpr, INNER: gl.constexpr, HEADS: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV, summed over the query heads of the group; the map is that of the keys."""
+    """dK and dV, summed over the query heads of the group; the map is that of the keys.
+
+    A program takes HEADS heads in turn, and fetches for the next one while it ends the one before.
+    """
     TURNS: gl.constexpr = HEADS * GROUP
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    sums: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
-    half: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
-    index, head = _work(slots, INNER, HEADS)
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
+    index, head = _work(slots, INNER)
+    head *= HEADS
     kind, k_start, k_length, q_start, q_length, block, row = _tile(tiles_ptr, index)
     gdc_wait()  # for `rows`: this kernel may start before the one that writes them ends
     if kind == ABSENT:
         return
     begin, all_begin, _, end = _span(block, k_length, q_length, right, -1, ROWS, ROWS, HAS_RIGHT, False)
-    halved = _whole_steps(begin, end)
     k_sm = gl.allocate_shared_memory(dtype, [ROWS, D], shared)
     v_sm = gl.allocate_shared_memory(dtype, [ROWS, D], shared)
     q_sm = gl.allocate_shared_memory(dtype, [2, ROWS, D], shared)
@@ -325,33 +280,27 @@ def _hopper_pair_dkv_kernel(
     )  # fmt: skip
     own = (k_ptr, v_ptr, stride_k_t, stride_k_h, stride_v_t, stride_v_h)
     # The first query that sees a key. Queries beyond the last have an LSE of +inf.
-    low = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, sums)) + (q_length - k_length - right)
+    low = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) + (q_length - k_length - right)
     scale_2 = scale * LOG2E
     count = 0
     _fetch_queries(memory, pointers, 0, gl.where(begin < end, 0, TURNS), begin, q_length, TURNS)
     base = k_start + block.to(gl.int64) * ROWS
     _fetch_own(k_sm, v_sm, own, base, head, k_length - block * ROWS)
     for mine in range(HEADS):
-        dk = gl.zeros([ROWS, D], gl.float32, layout=sums)
-        dv = gl.zeros([ROWS, D], gl.float32, layout=sums)
+        dk = gl.zeros([ROWS, D], gl.float32, layout=layout)
+        dv = gl.zeros([ROWS, D], gl.float32, layout=layout)
         for turn in range(mine * GROUP, mine * GROUP + GROUP):
             if HAS_RIGHT:
-                for at in range(begin, gl.minimum(all_begin, halved), ROWS):
+                for at in range(begin, gl.minimum(all_begin, end), ROWS):
                     dk, dv = _dkv_step(
                         dk, dv, k_sm, v_sm, memory, pointers, turn, at, begin, end, q_length, low, count, scale_2,
-                        TURNS, ROWS, True, sums, sums,
+                        TURNS, True, layout,
                     )  # fmt: skip
                     count += 1
-            for at in range(all_begin, halved, ROWS):
+            for at in range(all_begin, end, ROWS):
                 dk, dv = _dkv_step(
                     dk, dv, k_sm, v_sm, memory, pointers, turn, at, begin, end, q_length, low, count, scale_2,
-                    TURNS, ROWS, False, sums, sums,
-                )  # fmt: skip
-                count += 1
-            if halved < end:
-                dk, dv = _dkv_step(
-                    dk, dv, k_sm, v_sm, memory, pointers, turn, halved, begin, end, q_length, low, count, scale_2,
-                    TURNS, HALF, HAS_RIGHT, half, sums,
+                    TURNS, False, layout,
                 )  # fmt: skip
                 count += 1
         # The tile is read again: what it says would otherwise fill registers all through the loops.
@@ -359,7 +308,7 @@ def _hopper_pair_dkv_kernel(
         base = k_start + block.to(gl.int64) * ROWS
         left_over = k_length - block * ROWS
         if HEADS > 1:
-            gl.thread_barrier()  # all are done with this head
+            _barrier()  # all are done with this head
             _fetch_own(k_sm, v_sm, own, base, head + mine + 1, gl.where(mine + 1 < HEADS, left_over, 0))
         else:
             async_copy.wait_group(0)  # the zeros of the step that never comes: others use that memory now
