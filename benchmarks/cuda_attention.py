@@ -120,9 +120,9 @@ def portable(work: Work, *qkv: torch.Tensor) -> Thunk:
 
 def without_hopper(run: Thunk) -> Thunk:
     """The same call with Hopper's kernels refused; an error if nobody asked for them, as it measured something else."""
-    from scree.kernels.triton import _hopper, _hopper_bwd
+    from scree.kernels.triton import _hopper, _hopper_bwd, _hopper_pair
 
-    places = [(module, module.why_not) for module in (_hopper, _hopper_bwd)]
+    places = [(module, module.why_not) for module in (_hopper, _hopper_bwd, _hopper_pair)]
     asked = []
 
     def refuse(*_: Any) -> str:

@@ -190,12 +190,12 @@ def test_every_op_that_moves_memory_has_peers_that_are_right(bench, monkeypatch)
 
 def test_the_row_of_the_portable_kernels_refuses_hopper_s_own_and_fails_where_nobody_asks(bench):
     pytest.importorskip("triton")
-    from scree.kernels.triton import _hopper, _hopper_bwd
+    from scree.kernels.triton import _hopper, _hopper_bwd, _hopper_pair
 
-    modules = (_hopper, _hopper_bwd)
+    modules = (_hopper, _hopper_bwd, _hopper_pair)
     before = [module.why_not for module in modules]
     run = bench.cuda_attention.without_hopper(lambda: [module.why_not(1, 2) for module in modules])
-    assert run() == ["these are the portable kernels"] * 2
+    assert run() == ["these are the portable kernels"] * 3
     with pytest.raises(RuntimeError, match="were not what ran"):
         bench.cuda_attention.without_hopper(lambda: 1)()
     assert [module.why_not for module in modules] == before
