@@ -20,8 +20,9 @@ LOG2E = gl.constexpr(1.4426950408889634)
 ROWS = gl.constexpr(64)  # of a tile, and of a step
 D = gl.constexpr(64)
 
-# Renamed after Triton 3.6.
+# Later Tritons renamed these.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 _ROWWISE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread
 _LINE = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
@@ -44,7 +45,7 @@ def _present(count):
 @gluon.jit
 def _copy(to, ptr, at, count, stride):
     """Have the rows from `at` on copied to shared memory: zeros from row `count` on."""
-    async_copy.async_copy_global_to_shared(to, ptr + at * stride + _places(stride), mask=_present(count - at))
+    _load(to, ptr + at * stride + _places(stride), mask=_present(count - at))
 
 
 @gluon.jit
@@ -191,9 +192,9 @@ def _fetch_queries(memory, pointers, stage, turn, at, q_length, TURNS: gl.conste
     line = gl.arange(0, ROWS, layout=_LINE)
     present = line < gl.where(turn < TURNS, ROWS, 0)
     _copy(q_sm.index(stage), q_ptr + turn * stride_q_h, at, there, stride_q_t)
-    async_copy.async_copy_global_to_shared(lse_sm.index(stage), rows_ptr + line, mask=present)
+    _load(lse_sm.index(stage), rows_ptr + line, mask=present)
     _copy(do_sm.index(stage), do_ptr + turn * stride_do_h, at, there, stride_do_t)
-    async_copy.async_copy_global_to_shared(delta_sm.index(stage), rows_ptr + ROWS + line, mask=present)
+    _load(delta_sm.index(stage), rows_ptr + ROWS + line, mask=present)
     async_copy.commit_group()
 
 
