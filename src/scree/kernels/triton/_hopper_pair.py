@@ -19,10 +19,6 @@ _ROWS = 64  # of a tile
 _MOST_STRIDE = 1 << 24  # the places of a block are counted in 32 bits
 REGISTERS = {"dq": 128, "dkv": 168}
 """Of a thread: so that four programs, and three, run at once on a multiprocessor."""
-TURNS = {"dq": 1, "dkv": 2}
-"""How many heads a program takes one after the other at most, where sequences are short: it is busy with more than its start."""
-
-PDL = True
 
 _LAUNCHERS: dict[Any, tuple[Launcher, Launcher]] = {}
 
@@ -80,6 +76,7 @@ def backward(
     k_map = _tiles.of(kept_k, cu_k, cu_q, total_k, total, _ROWS, options.right, options.left)
     delta = torch.empty_like(lse)
     rows = torch.empty((heads, q_map.slots, 2, _ROWS), dtype=torch.float32, device=q.device)
+    # Where rows are short, a program of the second takes two heads: more than its start keeps it busy.
     turns = 2 if short and options.right < 0 and kv_heads % 2 == 0 else 1
     first, second = _launchers(q, kv_heads, turns, options.right >= 0, dlse is not None, long)
     first(
