@@ -62,10 +62,6 @@ class Harness:
         """Every dtype that the suite uses."""
         return (*self.floats, *self.integers, "bool")
 
-    def exact_as(self, dtype):
-        """Return the dtype whose error exp has in this one: MLX computes a float64 exp in float32."""
-        return dtype
-
     @property
     def examples(self):
         """How many examples a property is worth."""
@@ -234,9 +230,6 @@ class Mlx(Harness):
     @property
     def floats(self):
         return FLOATS if self.device_kind == "cpu" else FLOATS[:3]
-
-    def exact_as(self, dtype):
-        return "float32" if dtype == "float64" else dtype
 
     def array(self, data, dtype=None):
         mx = self.module

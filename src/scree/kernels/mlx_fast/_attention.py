@@ -11,6 +11,7 @@ import numpy as np
 
 from ..._array import Array
 from ..._backends._protocol import HostArray
+from ..._backends.mlx import exp, on_cpu
 from .._rows import TOGETHER, Span, pairs_alike, sides, spans, visible
 from ._common import in_order, of_host, taken, wide
 
@@ -37,7 +38,7 @@ def varlen_attention(
     heads, kv_heads, v_dim = q.values.shape[1], *v.values.shape[1:]
     q_offsets, k_offsets = q._host_offsets(op), k._host_offsets(op)
     total = q.total_length
-    at_once = _QUERIES_CPU if mx.default_device() == mx.Device(mx.cpu) else _QUERIES
+    at_once = _QUERIES_CPU if on_cpu() else _QUERIES
     sink = None if sinks is None else wide(sinks).reshape(1, kv_heads, -1, 1, 1)
     # What sees no key, and what is no row's, stays behind: zeros that are a part of the gradient's graph.
     base = wide(q.values)[:, :, :1] * 0 if total else wide(q.values)[:, :, :1]
@@ -104,10 +105,10 @@ def _attend(
     if sink is not None:
         top = mx.maximum(top, sink)
     top = mx.stop_gradient(top)
-    p = mx.exp(s - top)
+    p = exp(s - top)
     l = mx.sum(p, axis=-1, keepdims=True)
     if sink is not None:
-        l = l + mx.exp(sink - top)
+        l = l + exp(sink - top)
     o = mx.matmul(p, v) / l
     lse = mx.log(l) + top
     return (

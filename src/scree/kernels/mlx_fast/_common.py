@@ -11,12 +11,13 @@ import numpy as np
 from ..._backends._protocol import HostArray, HostInts
 from .._rows import Rows
 
+HALVES = (mx.float16, mx.bfloat16)
 _CUT = 1 << 12  # elements of a row
 
 
 def wide(x: mx.array) -> mx.array:
     """The values in float32 or wider; integers and bools as they are."""
-    return x.astype(mx.float32) if x.dtype in (mx.float16, mx.bfloat16) else x
+    return x.astype(mx.float32) if x.dtype in HALVES else x
 
 
 def of_host(data: HostArray) -> mx.array:

@@ -12,8 +12,7 @@ from ._common import wide
 def varlen_rmsnorm(arr: Array, weight: mx.array | None = None, eps: float = 1e-6) -> Array:
     """Compute `scree.kernels.varlen_rmsnorm` by `mx.fast.rms_norm`."""
     x = wide(used_only(arr, arr.values))
-    y = x if 0 in x.shape else mx.fast.rms_norm(x, None, eps)
-    return _finished(arr, y, weight, None)
+    return _finished(arr, x if 0 in x.shape else mx.fast.rms_norm(x, _single(weight), eps))
 
 
 def varlen_layernorm(
@@ -21,11 +20,12 @@ def varlen_layernorm(
 ) -> Array:
     """Compute `scree.kernels.varlen_layernorm` by `mx.fast.layer_norm`."""
     x = wide(used_only(arr, arr.values))
-    y = x if 0 in x.shape else mx.fast.layer_norm(x, None, None, eps)
-    return _finished(arr, y, weight, bias)
+    return _finished(arr, x if 0 in x.shape else mx.fast.layer_norm(x, _single(weight), _single(bias), eps))
 
 
-def _finished(arr: Array, y: mx.array, weight: mx.array | None, bias: mx.array | None) -> Array:
-    y = y if weight is None else y * wide(weight)
-    y = y if bias is None else y + wide(bias)
+def _single(weight: mx.array | None) -> mx.array | None:
+    return None if weight is None else weight.astype(mx.float32)
+
+
+def _finished(arr: Array, y: mx.array) -> Array:
     return arr.with_values(used_only(arr, y.astype(arr.values.dtype)))
