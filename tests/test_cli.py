@@ -298,17 +298,16 @@ def test_doctor_says_why_an_implementation_does_not_serve(monkeypatch):
 
 
 def test_doctor_names_the_implementation_and_why_not_the_others(monkeypatch):
-    fast = Impl("fast", ".fast", backends=("torch",), devices=("cuda",), dtypes=("float32",))
-    monkeypatch.setitem(_MODULES, fast.module, SimpleNamespace())  # PyTorch, if it is loaded here first, imports it
+    fast = Impl("fast", ".fast", backends=("numpy",), devices=("cuda",), dtypes=("float32",))
+    monkeypatch.setitem(_MODULES, fast.module, SimpleNamespace())
     monkeypatch.setitem(TABLE, "varlen_softmax", (fast, TABLE["varlen_softmax"][-1]))
     (place,) = _doctor._numpy()
-    chosen, against = _doctor.answer("varlen_softmax", place.array)
-    assert chosen == "reference"
-    assert against[0] == ("fast", "serves framework torch, got numpy and serves device cuda, got cpu")
+    found = _doctor.answer("varlen_softmax", place.array)
+    assert found == ("reference", (("fast", "serves device cuda, got cpu"),), False)
     monkeypatch.setitem(TABLE, "varlen_softmax", (fast,))
     assert _doctor.answer("varlen_softmax", place.array).implementation is None
     done = scree_("doctor")
-    assert "fast: serves framework torch, got numpy" in done.output
+    assert "fast: serves device cuda, got cpu" in done.output
     assert "none" in done.output
 
 
@@ -316,7 +315,30 @@ def test_doctor_passes_over_what_serves_on_request_alone(monkeypatch):
     mine = TABLE["varlen_softmax"][-1]._replace(name="mine", on_request=True)
     monkeypatch.setitem(TABLE, "varlen_softmax", (mine, TABLE["varlen_softmax"][-1]))
     (place,) = _doctor._numpy()
-    assert _doctor.answer("varlen_softmax", place.array) == ("reference", (("mine", "serves on request alone"),))
+    given = _doctor.answer("varlen_softmax", place.array)
+    assert given == ("reference", (("mine", "serves on request alone"),), False)
+
+
+def test_doctor_leaves_out_the_implementations_of_other_frameworks(monkeypatch):
+    other = Impl("other", ".other", backends=("torch",))
+    monkeypatch.setitem(TABLE, "varlen_softmax", (other, TABLE["varlen_softmax"][-1]))
+    (place,) = _doctor._numpy()
+    assert _doctor.answer("varlen_softmax", place.array) == ("reference", (), False)
+
+
+def test_doctor_says_what_nobody_has_run_on_such_a_device(monkeypatch):
+    reference = TABLE["varlen_softmax"][-1]._replace(not_run=("cpu",))
+    mine = reference._replace(name="mine", on_request=True)
+    monkeypatch.setitem(TABLE, "varlen_softmax", (mine, reference))
+    (place,) = _doctor._numpy()
+    says = "its authors have not run it on this kind of device"
+    assert _doctor.answer("varlen_softmax", place.array) == (
+        "reference",
+        (("mine", f"serves on request alone; {says}"),),
+        True,
+    )
+    done = scree_("doctor")
+    assert f"reference: {says}" in " ".join(done.output.split())
 
 
 def test_doctor_shows_what_a_compiler_raised(monkeypatch):

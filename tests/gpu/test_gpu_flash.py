@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 gpu_cases.need_cuda()
 
 pytestmark = pytest.mark.gpu
-NAMES = [impl.name for impl in TABLE["varlen_attention"] if impl.on_request]
+NAMES = [impl.name for impl in TABLE["varlen_attention"] if impl.on_request and impl.backends == ("torch",)]
 
 
 def attend(case, dtype, implementation, leaves_dtype=None):

@@ -22,11 +22,12 @@ import scree
 from scree import kernels
 from scree._backends import FRAMEWORKS
 from scree.kernels import triton
-from scree.kernels._dispatch import TABLE
+from scree.kernels._dispatch import TABLE, device_kind
 
 # What importing a framework, or asking for its devices, raises where it is broken: ImportError; OSError, a shared
 # library that is missing; RuntimeError, parts that do not fit together or a driver that does not answer.
 _BROKEN = (ImportError, OSError, RuntimeError)
+_NOT_RUN = "its authors have not run it on this kind of device"
 
 
 class Place(NamedTuple):
@@ -94,10 +95,11 @@ _CALLS: dict[str, Callable[[scree.Array, str], Any]] = {
 
 
 class Answer(NamedTuple):
-    """Which implementation computes an op, or None, and what speaks against those that stand before it."""
+    """Which implementation computes an op, or None, and what speaks against those of its framework that stand before it."""
 
     implementation: str | None
     against: tuple[tuple[str, str], ...]
+    not_run: bool = False  # by anybody on a device of this kind, before now
 
 
 class Framework(NamedTuple):
@@ -116,7 +118,7 @@ def run() -> None:
     with console.status("importing the frameworks"):
         found = [examine(name) for name in FRAMEWORKS]
     console.print(_frameworks(found))
-    console.print(Text(f"Fast kernels: {fast_kernels(found)}"))
+    console.print(Text(f"triton, the kernels for CUDA and ROCm: {fast_kernels(found)}"))
     with console.status("trying the implementations"):
         table = _implementations(found)
     console.print(table)
@@ -150,13 +152,17 @@ def why_not(op: str, implementation: str, array: Any) -> str | None:
 
 def answer(op: str, array: Any) -> Answer:
     """Find which implementation computes an op on an array: the first of the table that can."""
+    arr = scree.Array(array, [0, 1, 2])
     against: list[tuple[str, str]] = []
     for implementation in TABLE[op]:
+        if implementation.backends is not None and arr._xp.NAME not in implementation.backends:
+            continue  # for the arrays of others
+        not_run = device_kind(arr) in implementation.not_run
         reason = why_not(op, implementation.name, array)
         if reason is None and implementation.on_request:
-            reason = "serves on request alone"
+            reason = "serves on request alone" + (f"; {_NOT_RUN}" if not_run else "")
         if reason is None:
-            return Answer(implementation.name, tuple(against))
+            return Answer(implementation.name, tuple(against), not_run)
         against.append((implementation.name, reason))
     return Answer(None, tuple(against))
 
@@ -202,15 +208,17 @@ def _frameworks(found: list[Framework]) -> Table:
 
 def _implementations(found: list[Framework]) -> Table:
     table = Table(title="Who computes what", title_justify="left", title_style="bold")
-    for heading in ("op", "on", "computed by", "not by"):
+    for heading in ("on", "ops", "computed by", "not by"):
         table.add_column(heading, overflow="fold")
-    for op in TABLE:
+    for name, array in ((f"{f.name} {place.name}", place.array) for f in found for place in f.places):
         answers: dict[Answer, list[str]] = {}
-        for framework in found:
-            for place in framework.places:
-                answers.setdefault(answer(op, place.array), []).append(f"{framework.name} {place.name}")
-        for i, (given, places) in enumerate(answers.items()):
+        for op in TABLE:
+            answers.setdefault(answer(op, array), []).append(op)
+        for i, (given, ops) in enumerate(answers.items()):
             reasons = "\n".join(f"{name}: {reason}" for name, reason in given.against)
             chosen = Text("none", style="yellow") if given.implementation is None else Text(given.implementation)
-            table.add_row("" if i else op, Text(", ".join(places)), chosen, Text(reasons))
+            if given.not_run:
+                chosen.append(f": {_NOT_RUN}", style="yellow")
+            table.add_row("" if i else name, Text("\n".join(ops)), chosen, Text(reasons))
+        table.add_section()
     return table

@@ -35,6 +35,8 @@ class Impl(NamedTuple):
         A package beyond the framework, without which it is not here.
     on_request : bool
         It is never chosen, and serves only where it is asked for by name.
+    not_run : tuple of str
+        Kinds of device that it is meant for, and on which nobody has run it yet.
     """
 
     name: str
@@ -44,17 +46,28 @@ class Impl(NamedTuple):
     dtypes: tuple[str, ...] | None = None
     requires: str | None = None
     on_request: bool = False
+    not_run: tuple[str, ...] = ()
 
 
-_TORCH_NATIVE = Impl("torch_native", ".torch_native", backends=("torch",), devices=("cpu", "mps", "xpu"))
+_TORCH_NATIVE = Impl(
+    "torch_native", ".torch_native", backends=("torch",), devices=("cpu", "mps", "xpu"), not_run=("mps", "xpu")
+)
 _NUMPY_BLAS = Impl("numpy_blas", ".numpy_blas", backends=("numpy",))
 _NUMBA = Impl("numba", ".numba_loops", backends=("numpy",), dtypes=("float16", "float32", "float64"), requires="numba")
-_JAX_XLA = Impl("jax_xla", ".jax_xla", backends=("jax",))
+_JAX_XLA = Impl("jax_xla", ".jax_xla", backends=("jax",), not_run=("tpu",))
 _JAX_PALLAS = Impl(
     "jax_pallas", ".jax_pallas", ("jax",), ("gpu", "cuda", "unknown"), ("float16", "bfloat16", "float32")
 )
-_MLX_FAST = Impl("mlx_fast", ".mlx_fast", backends=("mlx",))
+_MLX_FAST = Impl("mlx_fast", ".mlx_fast", backends=("mlx",), not_run=("gpu",))
 _MLX_FAST_NORM = _MLX_FAST._replace(dtypes=("float16", "bfloat16", "float32"))  # mx.fast narrows float64
+_MLX_METAL = Impl(
+    "mlx_metal",
+    ".mlx_metal",
+    ("mlx",),
+    dtypes=("float16", "bfloat16", "float32"),
+    on_request=True,
+    not_run=("gpu",),
+)
 _REFERENCE = Impl("reference", ".reference")
 
 
@@ -81,6 +94,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         _NUMPY_BLAS,
         _JAX_PALLAS,
         _JAX_XLA,
+        _MLX_METAL,
         _MLX_FAST,
         _REFERENCE,
     ),
