@@ -86,6 +86,13 @@ def test_a_missing_package_of_the_command_line_is_one_sentence(name):
     assert done.stderr == (f'scree: the command line needs {name}, which is not installed: pip install "scree[cli]"\n')
 
 
+def test_stopped_by_the_user_while_it_loads(tmp_path):
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from scree._cli.app import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_demo(small_library, tmp_path):
     need_demo()
     done = scree_("demo", "how do I post mail?", "--backend", "numpy", "--texts", "all", "--output", "out.png")

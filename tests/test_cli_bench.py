@@ -1,6 +1,7 @@
 """`scree bench` and its contests: that every contender computes the same, what is printed, what bad input gets."""
 
 import importlib.util
+import io
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from scree.bench import _contest, _work
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+from rich.console import Console
 from typer.testing import CliRunner
 
 import conftest
@@ -93,7 +95,7 @@ def test_bench_prints_a_chart_and_a_table_and_saves_the_rows(tmp_path):
         "matmul a sequence",
         "█",
         "fastest other",
-        "scree / other",
+        "scree /",
         "floor",
     ):
         assert words in done.output
@@ -109,6 +111,27 @@ def test_without_quick_there_is_more():
     for words in ("attention, new lengths", "layernorm", "rope", "4 x ~20 x 2 x 16"):
         assert words in done.output
     assert "--quick: without it" not in done.output
+
+
+def test_a_framework_that_is_named_twice_is_measured_once(tmp_path):
+    done = scree_("--framework", "numpy", "--framework", "numpy", "--quick", "--seconds", "0", "--output", "out.json")
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len({(row["op"], row["impl"]) for row in rows}) == len(rows)
+
+
+def test_chart_and_table_fit_into_80_columns_and_keep_every_word():
+    facts = {"framework": "torch", "op": "attention step, new lengths", "work": "16 x ~512 x 8 x 64"}
+    ms = {"floor": 70.95, "scree": 22307.14, "SDPA padded, is_causal": 22059.74}
+    rows = [{**facts, "impl": name, "ms": value} for name, value in ms.items()]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(_bench._chart(rows))
+    console.print(_bench._table(rows))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for words in ("attention step, new", "16 x ~512 x 8 x 64", "22307.14 ms", "22059.74 ms", "1.01", "70.95 ms"):
+        assert words in text.partition("fastest other")[2]
 
 
 def made_up(ms):
@@ -129,7 +152,7 @@ def test_the_notes_count_the_rows_that_are_ahead():
 def test_the_notes_name_the_packages_of_missing_peers(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     rows = made_up({"floor": 0.1, "scree": 1.0, "a": 2.0})
-    assert "Left out: numba loops, which numba would bring." in list(_bench._notes(rows, [], quick=False, busy=0.0))
+    assert "Left out: numba loops: pip install numba" in list(_bench._notes(rows, [], quick=False, busy=0.0))
 
 
 def test_frameworks_that_are_missing_are_left_out_and_said(monkeypatch):
@@ -172,6 +195,7 @@ def test_bench_fails_where_a_contender_differs(monkeypatch):
         (["--output", "folder.json"], "'folder.json'; is a folder; needs a file"),
         (["--output", "times.csv"], "'times.csv'; needs a name that ends in .json"),
         (["--seconds", "-1"], "--seconds"),
+        (["--seconds", "inf"], "--seconds: got inf; needs a number"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(arguments, says, monkeypatch, tmp_path):

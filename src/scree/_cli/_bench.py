@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -35,8 +36,10 @@ def run(names: list[str], quick: bool, seconds: float | None, output: Path | Non
     if output is not None:
         _check_output(output)
     each = (QUICK_SECONDS if quick else SECONDS) if seconds is None else seconds
+    if not math.isfinite(each):
+        raise typer.BadParameter(f"got {each}; needs a number", param_hint="--seconds")
     console = Console()
-    contests, missing = _collect(names or list(bench.FRAMEWORKS), asked=bool(names))
+    contests, missing = _collect(list(dict.fromkeys(names)) or list(bench.FRAMEWORKS), asked=bool(names))
     contests = [contest for contest in contests if contest.quick or not quick]
     if not contests:
         _fail("found no framework to measure: " + "; ".join(missing))
@@ -151,32 +154,31 @@ def _chart(rows: list[dict[str, Any]]) -> Group:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="Ours, and the fastest of the others", title_justify="left", title_style="bold")
-    for heading in ("framework", "op", "workload"):
-        table.add_column(heading)
-    table.add_column("scree", justify="right")
-    table.add_column("fastest other", justify="right")
-    table.add_column("which")
-    table.add_column("scree / other", justify="right")
-    table.add_column("floor [1]", justify="right")
+    """Two lines a contest, which fit into 80 columns."""
+    table = Table(
+        title="Ours, and the fastest of the others", title_justify="left", title_style="bold", box=SIMPLE_HEAD
+    )
+    table.add_column("op, workload")
+    table.add_column("scree", justify="right", no_wrap=True)
+    table.add_column("fastest other")
+    table.add_column("scree /\nother", justify="right")
+    table.add_column("floor\n[1]", justify="right", no_wrap=True)
     last = ""
     for framework, op, work, floor, ms in _contests(rows):
+        if framework != last:
+            table.add_section()
+            table.add_row(Text(framework, style="bold"))
+            last = framework
         peers = _peers(ms)
         best = min(peers, key=lambda name: peers[name])
         ratio = ms["scree"] / peers[best]
-        if last and framework != last:
-            table.add_section()
         table.add_row(
-            "" if framework == last else framework,
-            op,
-            work,
+            Text.assemble(op, "\n", (work, "dim")),
             _time(ms["scree"]),
-            _time(peers[best]),
-            best,
+            Text.assemble(_time(peers[best]), "\n", (best, "dim")),
             Text(f"{ratio:.2f}", style="green" if ratio <= 1.0 else "yellow"),
             _time(floor),
         )
-        last = framework
     return table
 
 
@@ -198,7 +200,7 @@ def _notes(rows: list[dict[str, Any]], missing: list[str], quick: bool, busy: fl
     yield from (f"Left out: {problem}" for problem in missing)
     for package, brings in _OPTIONAL.items():
         if importlib.util.find_spec(package) is None:
-            yield f"Left out: {brings}, which {package} would bring."
+            yield f"Left out: {brings}: pip install {package}"
     if quick:
         yield "--quick: without it there are more workloads, training steps, new lengths at every call, and more rounds."
 

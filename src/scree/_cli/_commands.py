@@ -60,12 +60,14 @@ def demo(
 
 
 @app.command(
-    help="Measure the kernels on each framework that is installed here, beside what people write by hand with it."
+    help="Measure the kernels on each framework that is installed here, beside what people write by hand with it, and "
+    "print a chart and a table. Ctrl-C ends it with what was measured until then."
 )
 def bench(
     framework: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="NAME",
             help=f"One of {', '.join(_bench.bench.FRAMEWORKS)}; may be given several times. Default: all that are installed.",
             show_default=False,
         ),
@@ -75,11 +77,15 @@ def bench(
         float | None,
         typer.Option(
             min=0.0,
-            help=f"Of rounds for each row. Default: {_bench.SECONDS:g}, with --quick {_bench.QUICK_SECONDS:g}.",
+            metavar="SECONDS",
+            help="How long to repeat each row of the table, 5 rounds at least. "
+            f"Default: {_bench.SECONDS:g}, with --quick {_bench.QUICK_SECONDS:g}.",
             show_default=False,
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Save all times there too (.json).", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save all times there too (.json).", show_default=False)
+    ] = None,
 ) -> None:
     _bench.run(framework or [], quick, seconds, output)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 _NEEDED = ("rich", "typer")
+_INTERRUPTED = 130  # what shells say of Ctrl-C
 
 
 def main() -> None:
@@ -16,4 +17,6 @@ def main() -> None:
         if package not in _NEEDED:
             raise
         sys.exit(f'scree: the command line needs {package}, which is not installed: pip install "scree[cli]"')
+    except KeyboardInterrupt:  # while that loads; after it, typer sees to it
+        sys.exit(_INTERRUPTED)
     app(prog_name="scree")
