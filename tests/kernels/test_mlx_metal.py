@@ -121,6 +121,16 @@ def test_no_key_anywhere(metal):
     check(metal, q, k, k, sinks=metal.array([1.0, 2.0]))
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+def test_scores_of_minus_infinity_count_for_nothing(metal, sinks):
+    values = normal((6, 1, 8), 0)
+    values[0, 0, 0] = -np.inf  # the first key of a row, and both keys of the other
+    values[4:, 0, 0] = -np.inf
+    offsets = metal.array([0, 4, 6], "int32")
+    q, k = (scree.Array(metal.array(x), offsets) for x in (np.ones((6, 1, 8)), values))
+    check(metal, q, k, q, sinks=metal.array([0.5]) if sinks else None)
+
+
 def test_infinite_scores_and_nan_stay_in_their_row(metal):
     values = normal((12, 1, 8), 0)
     values[3] = np.inf
