@@ -336,3 +336,16 @@ def test_scree_says_its_version():
         "segment_ids", "position_ids", "with_capacity", "kernels", "bridges",
     ):  # fmt: skip
         assert hasattr(scree, name), name
+
+
+def test_facts_tell_apart_what_a_choice_may_depend_on(xp):
+    facts = _backends.load(xp.name).facts
+    x, same = (xp.array(np.full((2, 3), fill), "float32") for fill in (0.0, 1.0))
+    assert facts(x, x) == facts(same, x)
+    assert hash(facts(x)) == hash(facts(same))
+    assert {facts(x): 1}.get(facts(same)) == 1
+    for other in (xp.array(np.zeros((2, 3)), "float16"), xp.array(np.zeros((3, 2)), "float32")):
+        assert facts(other) != facts(x)
+    assert facts(x, x) != facts(x)
+    assert facts(x, [1.0]) is None
+    assert facts(x, None) is None

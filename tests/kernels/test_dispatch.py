@@ -140,3 +140,64 @@ def test_bad_arguments_are_refused_before_anyone_is_asked(xp, room):
         kernels.varlen_softmax(np.zeros(3) if xp.name == "numpy" else xp.array(np.zeros(3)))
     assert room.asked == []
     assert isinstance(kernels.varlen_softmax(batch(xp, (1,), ())), scree.Array)
+
+
+def test_a_call_that_is_made_again_is_neither_checked_nor_asked_about(xp, room):
+    room.stand()
+    arr = batch(xp, (1, 2), ())
+    for _ in range(3):
+        kernels.varlen_softmax(arr)
+        kernels.varlen_softmax(arr.with_values(arr.values * 2))
+    assert room.asked == ["varlen_softmax"]
+    kernels.varlen_softmax(arr.with_values(xp.array(np.ones((3, 2)), "float32")))
+    kernels.varlen_softmax(batch(xp, (1, 2), ()))
+    assert room.asked == ["varlen_softmax"] * 3
+
+
+def test_what_differs_is_checked_whatever_was_called_before(xp):
+    arr = batch(xp, (1, 2), (2, 4))
+    heads = arr.values
+    ones = {size: xp.array(np.ones(size), "float32") for size in ((4,), (5,), (3, 2), (2, 2))}
+    cos = ones[3, 2]
+    kernels.varlen_layernorm(arr, ones[4,])
+    kernels.varlen_rope(arr, cos, cos, start=0)
+    kernels.varlen_attention(arr, arr, arr, window_size=(1, None))
+    kernels.varlen_reduce(arr, "sum")
+    with raises(ValueError, "varlen_layernorm", "weight", "(5,)"):
+        kernels.varlen_layernorm(arr, ones[5,])
+    with raises(ValueError, "varlen_layernorm", "bias", "(5,)"):
+        kernels.varlen_layernorm(arr, None, ones[5,])
+    with raises(ValueError, "varlen_layernorm", "eps"):
+        kernels.varlen_layernorm(arr, ones[4,], eps=-1.0)
+    with raises(TypeError, "varlen_layernorm", "weight", "list"):
+        kernels.varlen_layernorm(arr, [1.0] * 4)
+    with raises(ValueError, "varlen_rope", "cos", "positions"):
+        kernels.varlen_rope(arr, cos, cos, start=2)
+    with raises(ValueError, "varlen_rope", "cos"):
+        kernels.varlen_rope(arr, ones[2, 2], ones[2, 2], start=1)
+    for odd in (0.0, False):
+        with raises(TypeError, "start"):
+            kernels.varlen_rope(arr, cos, cos, start=odd)
+    with raises(TypeError, "window_size left"):
+        kernels.varlen_attention(arr, arr, arr, window_size=(1.0, None))
+    with raises(ValueError, "head"):
+        kernels.varlen_attention(arr, arr.with_values(heads[:, :, :2]), arr)
+    with raises(ValueError, "varlen_reduce", "op"):
+        kernels.varlen_reduce(arr, "product")
+    with raises(ValueError, "implementation"):
+        kernels.varlen_reduce(arr, "sum", implementation="none such")
+
+
+def test_a_weight_is_no_bias(xp):
+    arr, vector = batch(xp, (1, 2), (4,)), xp.array(np.arange(4.0), "float32")
+    scaled, shifted = kernels.varlen_layernorm(arr, vector), kernels.varlen_layernorm(arr, None, vector)
+    plain = xp.to_np(kernels.varlen_layernorm(arr).values)
+    np.testing.assert_allclose(xp.to_np(scaled.values), plain * np.arange(4), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(xp.to_np(shifted.values), plain + np.arange(4), rtol=1e-5, atol=1e-6)
+
+
+def test_little_is_kept_of_options_that_change_at_every_call(xp):
+    arr = batch(xp, (1,), (4,))
+    for i in range(300):
+        kernels.varlen_rmsnorm(arr, eps=1e-6 * (i + 1))
+    assert 0 < len(arr._structure.derived) <= 256

@@ -190,6 +190,14 @@ class Backend(Protocol):
         """Say whether the values of any are unknown because a compiler or a transformation is looking on."""
         ...
 
+    def facts(self, *arrays: Any) -> tuple[Any, ...] | None:
+        """Return all about arrays that checks and a choice of implementation may depend on, beside their values.
+
+        Hashable, dtypes, shapes and devices among it. None where a compiler or a transformation is looking on, or where one is
+        no plain array of the framework. Called in every op: in as little time as that takes.
+        """
+        ...
+
     def to_host(self, x: Dense) -> HostArray:
         """Copy integers or bools to the host. The only function that waits for a device."""
         ...

@@ -170,6 +170,15 @@ def is_traced(*arrays: Dense) -> bool:
     return any(isinstance(x, Tracer) for x in arrays)
 
 
+def facts(*arrays: Any) -> tuple[Any, ...] | None:
+    found: list[Any] = []
+    for x in arrays:
+        if isinstance(x, Tracer) or not isinstance(x, jax.Array):
+            return None
+        found += (x.dtype, x.shape, x.sharding)
+    return tuple(found)
+
+
 def to_host(x: Dense) -> HostArray:
     return np.asarray(x)
 

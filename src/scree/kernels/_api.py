@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 from .._array import Array
-from .._backends import Dense
+from .._backends import Dense, find_backend
 from . import _contract
 from ._dispatch import choose
 
@@ -122,10 +123,14 @@ def varlen_attention(
     "Gemma 2", 2024, section 2 (softcap). Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
     2023.
     """
-    given = (causal, scale, window_size, softcap, return_lse, deterministic, implementation)
-    facts = _facts("varlen_attention", (q, k, v), given) if sinks is None else None
-    known: _Call | None = None if facts is None else q._structure.derived.get(facts)
-    if known is None:
+    # A float that equals an integer is no integer: of a window, as of a start below, the types count.
+    given = (causal, scale, softcap, return_lse, deterministic, implementation)
+    if window_size != (None, None):
+        window = window_size if type(window_size) is tuple else (window_size,)
+        given = (*given, *window, *map(type, window))
+    others = () if sinks is None else (sinks,)
+    key, call = _recall("varlen_attention", (q, k, v), others, given)
+    if call is None:
         options = _contract.attention(
             q,
             k,
@@ -138,41 +143,61 @@ def varlen_attention(
             return_lse=return_lse,
             deterministic=deterministic,
         )._asdict()
-        known = choose("varlen_attention", implementation, q, k, v, **options), options
-        if facts is not None:
-            q._structure.derived[facts] = known
-    function, options = known
-    return function(q, k, v, **options)
+        module = choose("varlen_attention", implementation, q, k, v, **options)
+        del options["sinks"]
+        call = _bound(key, module, "varlen_attention", (q, k, v), options)
+    return call(q, k, v, sinks=sinks)
 
 
-_Call = tuple[Callable[..., Any], dict[str, Any]]
+_Call = Callable[..., Any]
+_Key = tuple[Any, ...]
+_IMMUTABLE = frozenset({bool, int, float, str, type, type(None)})
+_MOST_KEPT = 256
 
 
-def _facts(op: str, arrays: tuple[Array, ...], given: tuple[Any, ...]) -> Any:
-    """All that the checks and the choice of a call depend on, under which they are kept with the offsets.
+def _recall(
+    op: str, arrays: tuple[Array, ...], others: tuple[Dense, ...], given: tuple[Any, ...]
+) -> tuple[_Key | None, _Call | None]:
+    """Return the function that computes a call, if one like it was checked before, and the key to keep it under.
 
-    None where that cannot be said in a few words: Arrays of different offsets, values under a trace, options that
-    have no hash.
+    A call is like another one on the same offsets, where arrays and options agree in all that the checks and the choice
+    of an implementation look at. No key where that cannot be said in a few words: Arrays of different offsets, or a
+    compiler or a transformation that is looking on.
     """
     first = arrays[0]
     if type(first) is not Array:
-        return None
-    xp = first._xp
-    facts: list[Any] = [op, given]
+        return None, None
+    xp = find_backend(first._values)
+    if xp is None:
+        return None, None
+    offsets, dim = first._offsets, first._ragged_dim
     every: list[Dense] = []
     for arr in arrays:
-        if type(arr) is not Array or arr._offsets is not first._offsets:
-            return None
-        values = arr._values
-        facts += (type(values), values.dtype, values.shape, arr._ragged_dim, xp.device_of(values))
-        every.append(values)
-    if xp.is_traced(*every):
-        return None
+        if type(arr) is not Array or arr._offsets is not offsets or arr._ragged_dim != dim:
+            return None, None
+        every.append(arr._values)
+    facts = xp.facts(*every, *others)
+    if facts is None:
+        return None, None
+    key = (op, dim, given, facts)
     try:
-        hash(given)
-    except TypeError:
-        return None
-    return tuple(facts)
+        return key, first._structure.derived.get(key)
+    except TypeError:  # an option without a hash
+        return None, None
+
+
+def _bound(key: _Key | None, module: Any, op: str, arrays: tuple[Array, ...], options: dict[str, Any]) -> _Call:
+    """Bind the options of a call that was checked to the function of its implementation, and keep that with the offsets."""
+    if key is None or "bind" not in vars(module):
+        call = functools.partial(getattr(module, op), **options)
+    else:
+        call = module.bind(op, arrays, options)
+    if key is not None and _IMMUTABLE.issuperset(map(type, key[2])):
+        derived = arrays[0]._structure.derived
+        if len(derived) >= _MOST_KEPT:  # options or shapes that change at every call
+            derived.clear()
+        derived[key] = call
+    return call
 
 
 def varlen_layernorm(
@@ -209,8 +234,13 @@ def varlen_layernorm(
     ----------
     Ba et al., "Layer Normalization", 2016, eq. 3 and 4.
     """
-    eps = _contract.norm("varlen_layernorm", arr, {"weight": weight, "bias": bias}, eps)
-    return choose("varlen_layernorm", implementation, arr, weight, bias, eps)(arr, weight, bias, eps)
+    others = tuple(x for x in (weight, bias) if x is not None)
+    key, call = _recall("varlen_layernorm", (arr,), others, (weight is None, eps, implementation))
+    if call is None:
+        eps = _contract.norm("varlen_layernorm", arr, {"weight": weight, "bias": bias}, eps)
+        module = choose("varlen_layernorm", implementation, arr, weight, bias, eps)
+        call = _bound(key, module, "varlen_layernorm", (arr,), {"eps": eps})
+    return call(arr, weight, bias)
 
 
 def varlen_rmsnorm(
@@ -242,8 +272,13 @@ def varlen_rmsnorm(
     ----------
     Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, eq. 4.
     """
-    eps = _contract.norm("varlen_rmsnorm", arr, {"weight": weight}, eps)
-    return choose("varlen_rmsnorm", implementation, arr, weight, eps)(arr, weight, eps)
+    others = () if weight is None else (weight,)
+    key, call = _recall("varlen_rmsnorm", (arr,), others, (eps, implementation))
+    if call is None:
+        eps = _contract.norm("varlen_rmsnorm", arr, {"weight": weight}, eps)
+        module = choose("varlen_rmsnorm", implementation, arr, weight, eps)
+        call = _bound(key, module, "varlen_rmsnorm", (arr,), {"eps": eps})
+    return call(arr, weight)
 
 
 def varlen_softmax(arr: Array, *, implementation: str | None = None) -> Array:
@@ -267,8 +302,11 @@ def varlen_softmax(arr: Array, *, implementation: str | None = None) -> Array:
     -----
     Arithmetic is in float32 or wider. Differentiable.
     """
-    _contract.softmax(arr)
-    return choose("varlen_softmax", implementation, arr)(arr)
+    key, call = _recall("varlen_softmax", (arr,), (), (implementation,))
+    if call is None:
+        _contract.softmax(arr)
+        call = _bound(key, choose("varlen_softmax", implementation, arr), "varlen_softmax", (arr,), {})
+    return call(arr)
 
 
 def varlen_reduce(arr: Array, op: Reduction, *, implementation: str | None = None) -> Dense:
@@ -292,8 +330,11 @@ def varlen_reduce(arr: Array, op: Reduction, *, implementation: str | None = Non
     -----
     Arithmetic on floating values is in float32 or wider. Differentiable.
     """
-    _contract.reduce(arr, op)
-    return choose("varlen_reduce", implementation, arr, op)(arr, op)
+    key, call = _recall("varlen_reduce", (arr,), (), (op, implementation))
+    if call is None:
+        _contract.reduce(arr, op)
+        call = _bound(key, choose("varlen_reduce", implementation, arr, op), "varlen_reduce", (arr,), {"op": op})
+    return call(arr)
 
 
 def varlen_rope(
@@ -341,6 +382,9 @@ def varlen_rope(
     ----------
     Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, eq. 34.
     """
-    begin = _contract.rope(arr, cos, sin, start)
-    options = {"interleaved": bool(interleaved), "start": begin}
-    return choose("varlen_rope", implementation, arr, cos, sin, **options)(arr, cos, sin, **options)
+    key, call = _recall("varlen_rope", (arr,), (cos, sin), (interleaved, start, type(start), implementation))
+    if call is None:
+        options = {"interleaved": bool(interleaved), "start": _contract.rope(arr, cos, sin, start)}
+        module = choose("varlen_rope", implementation, arr, cos, sin, **options)
+        call = _bound(key, module, "varlen_rope", (arr,), options)
+    return call(arr, cos, sin)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .. import _backends
@@ -131,8 +130,11 @@ def _import_modules(backend: Backend) -> None:
 _backends.on_load(_import_modules)
 
 
-def choose(op: str, implementation: str | None, arr: Array, *args: Any, **options: Any) -> Callable[..., Any]:
-    """Return the function of the first implementation that can serve the call, or of the one that is asked for.
+def choose(op: str, implementation: str | None, arr: Array, *args: Any, **options: Any) -> Any:
+    """Return the module of the first implementation that can serve the call, or of the one that is asked for.
+
+    It has a function named after the op. It may have ``bind(op, arrays, options)``, too, which returns a function of
+    arrays like these alone: for calls that are made again, outside of compilers and transformations.
 
     Raises
     ------
@@ -150,7 +152,7 @@ def choose(op: str, implementation: str | None, arr: Array, *args: Any, **option
             module = _MODULES[impl.module]
             against = module.why_not(op, arr, *args, **options)
             if against is None:
-                return getattr(module, op)
+                return module
         reasons.append((impl, against))
     if not reasons:
         known = ", ".join(repr(impl.name) for impl in TABLE[op])
