@@ -153,6 +153,7 @@ def test_softmax_and_reductions_of_unknown_lengths(monkeypatch, target, dtype, s
     from scree.kernels.triton import _segment_launch, _segments
 
     monkeypatch.setattr(_segment_launch, "_together", lambda *args: 16)
+    monkeypatch.setattr(_segment_launch, "_WAYS", {})
     monkeypatch.setattr(_segments, "known", lambda arr: _segment_launch.Known())  # as of offsets on a device
 
     def call():

@@ -29,7 +29,8 @@ def small_tiles(device, monkeypatch, request):
 
     medium, part = (8, 16) if request.param == "in parts" else (32, 32)
     small = _segment_launch.Tiles(4, 4, 1, 64, medium, 2, part, 32, 4, 8)
-    monkeypatch.setattr(_segment_launch, "_KINDS", {})
+    monkeypatch.setattr(_segment_launch, "_PLANS", {})
+    monkeypatch.setattr(_segment_launch, "_WAYS", {})
     monkeypatch.setattr(_segment_launch, "tiles", lambda *args: small)
 
 
@@ -62,6 +63,7 @@ def test_however_many_share_a_program_the_bits_are_the_same(device, small_tiles,
 
     def run(number):
         monkeypatch.setattr(_segment_launch, "_together", lambda *args: number)
+        monkeypatch.setattr(_segment_launch, "_WAYS", {})
         arr = scree.with_capacity(array(device, (2,), lengths=(3, 40, 0, 1, 1, 17, 0)), 9, 70)
         x = arr.values.clone().requires_grad_()
         arr = arr._make(x, arr.offsets, 0, type(arr._structure)(spare=True))
@@ -224,3 +226,50 @@ def test_a_bound_below_the_truth_leaves_nothing_out(device, small_tiles, how):
     (dx,) = torch.autograd.grad((y * y).sum(), x)
     assert not dx[55:].any()
     assert dx[:55].any(1).all()
+
+
+@pytest.mark.parametrize("how", ["softmax", "sum", "logsumexp"])
+def test_parts_that_nobody_had_reason_to_expect(device, monkeypatch, how):
+    """A bound on the lengths that is too low, with room for a list but for no states."""
+    scree.kernels.triton._load()
+    from scree.kernels.triton import _segment_launch
+
+    monkeypatch.setattr(_segment_launch, "_PLANS", {})
+    monkeypatch.setattr(_segment_launch, "_WAYS", {})
+    monkeypatch.setattr(_segment_launch, "tiles", lambda *args: _segment_launch.Tiles(4, 4, 1, 64, 8, 2, 16, 32, 4, 8))
+    arr = array(device, (5,), lengths=(5, 70, 0, 17))
+    x = arr.values.clone().requires_grad_()
+    vouched = arr._make(x, arr.offsets, 0, type(arr._structure)(max_length=20))
+    y = softmax(vouched) if how == "softmax" else reduce(vouched, how)
+    ways = [*_segment_launch._WAYS.values()]
+    assert [(way.capacity > 0, way.states) for way in ways] == [(True, 0)]
+    reference = {"implementation": "reference"}
+    want = (
+        kernels.varlen_softmax(arr, **reference).values
+        if how == "softmax"
+        else kernels.varlen_reduce(arr, how, **reference)
+    )
+    assert_close(y.detach().cpu(), want.cpu(), "float64", scale=10)
+    finite = torch.where(y.isfinite(), y, 0.0)
+    (dx,) = torch.autograd.grad((finite * finite).sum(), x)
+    assert dx.isfinite().all()
+
+
+def test_memory_between_kernels_is_kept_with_no_counts_in_it(device, small_tiles, monkeypatch):
+    from scree.kernels.triton import _segment_launch
+
+    rooms = {}
+    monkeypatch.setattr(_segment_launch, "_ROOMS", rooms)
+    arr = array(device)
+    first = softmax(arr)
+    (kept,) = rooms.values()
+    for _ in range(3):
+        assert torch.equal(softmax(arr), first)
+        reduce(arr, "sum")
+        softmax(array(device, (3,), lengths=(2, 9, 60), known=False))
+        assert all(not room.entries[:2].any() for room in rooms.values())
+    assert any(room.following[:2].any() for room in rooms.values())  # those of the call before are still there
+    taken = rooms.pop(kept.key, None)  # as another thread does that is in the middle of a call
+    assert taken is not None
+    assert torch.equal(softmax(arr), first)
+    assert rooms[kept.key].entries.data_ptr() != taken.entries.data_ptr()

@@ -7,8 +7,10 @@ The ``_triton`` functions take tensors and `cu_seqlens`; those with the names of
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ... import _backends
@@ -107,18 +109,7 @@ def varlen_attention_triton(
     Dao, "FlashAttention-2", 2023, algorithms 1 and 2.
     """
     return _host("varlen_attention").varlen_attention_triton(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        causal,
-        cu_seqlens_k=cu_seqlens_k,
-        scale=scale,
-        window_size=window_size,
-        softcap=softcap,
-        sinks=sinks,
-        return_lse=return_lse,
-        deterministic=deterministic,
+        q, k, v, cu_seqlens, causal, cu_seqlens_k, scale, window_size, softcap, sinks, return_lse, deterministic
     )
 
 
@@ -191,6 +182,13 @@ def why_not(op: str, *args: Any, **options: Any) -> str | None:
     """Say what speaks against computing this call here: what is not installed, or what the kernel does not serve."""
     missing = _missing()
     return missing if missing is not None else _host(op).why_not(op, *args, **options)
+
+
+def bind(op: str, arrays: tuple[Array, ...], options: dict[str, Any]) -> Callable[..., Any]:
+    """Return a function that computes an op of arrays like these, with these options, in little time on the host."""
+    host = _host(op)
+    special = getattr(host, "bind", None)
+    return functools.partial(getattr(host, op), **options) if special is None else special(arrays, options)
 
 
 def _missing() -> str | None:

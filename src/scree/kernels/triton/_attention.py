@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,11 +10,13 @@ import torch
 from ..._array import Array
 from ..._offsets import Structure
 from .. import _contract
+from . import _attention_calls as _calls
 from . import _attention_launch as _launch
 from ._attention_launch import Options
 from ._attention_ops import Transformed
 from ._launch import is_plain, is_transformed, refuse_device
 from ._tiles import Kept
+from ._views import once
 
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _OP = "varlen_attention"
@@ -60,31 +63,66 @@ def varlen_attention(
     return (result, Array._make(lse.t(), q._offsets, 0, q._structure)) if return_lse else result
 
 
+def bind(arrays: tuple[Array, ...], options: dict[str, Any]) -> Callable[..., Any]:
+    """`varlen_attention` of Arrays on the same offsets that agree with these in dtypes, shapes and devices."""
+    q = arrays[0]
+    resolved = Options.of(
+        options["causal"],
+        options["scale"],
+        options["window_size"],
+        options["softcap"],
+        options["deterministic"],
+        q._values.shape[2],
+    )
+    return_lse = options["return_lse"]
+    home, kept = q._offsets, _kept_with(q._offsets, q._structure.derived)
+    about = tuple((arr._values.shape, arr._values.dtype) for arr in arrays), resolved
+    token = object() if kept is None else kept.setdefault(about, object())  # stands for what is the same in every call
+
+    def call(q: Array, k: Array, v: Array, *, sinks: torch.Tensor | None = None) -> tuple[Array, Array] | Array:
+        x, y, z, offsets, structure = q._values, k._values, v._values, q._offsets, q._structure
+        if offsets is home and not torch.is_autocast_enabled("cuda"):
+            wanted = _is_differentiated(x, y, z, sinks)
+            same = None if sinks is not None else _calls.places(x, y, z, (token, return_lse or wanted))
+            if wanted:
+                o, lse = _Attention.apply(x, y, z, sinks, (home, home, resolved, kept, kept, same))  # pyright: ignore[reportGeneralTypeIssues]
+            else:
+                o, lse = _launch.forward(x, y, z, sinks, home, home, resolved, kept, return_lse, same)
+        else:
+            derived = structure.derived
+            o, lse = _attend(x, y, z, sinks, offsets, offsets, resolved, derived, derived, return_lse)
+        result = Array._make(o, offsets, 0, structure)
+        return (result, Array._make(lse.t(), offsets, 0, structure)) if return_lse else result
+
+    return call
+
+
 def varlen_attention_triton(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    causal: bool = False,
-    *,
-    cu_seqlens_k: torch.Tensor | None = None,
-    scale: float | None = None,
-    window_size: tuple[int | None, int | None] = (None, None),
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    return_lse: bool = False,
-    deterministic: bool = True,
+    causal: bool,
+    cu_seqlens_k: torch.Tensor | None,
+    scale: float | None,
+    window_size: tuple[int | None, int | None],
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    return_lse: bool,
+    deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
     """Compute attention on tensors; `scree.kernels.triton.varlen_attention_triton` has the contract."""
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     tensors = (q, k, v, cu_seqlens, cu_seqlens_k)
     plain = type(q) is type(k) is type(v) is type(cu_seqlens) is type(cu_seqlens_k) is torch.Tensor
     same = None
-    if plain and sinks is None and is_plain() and not _is_differentiated(q, k, v, None):
-        same = _facts(q, k, v, (causal, scale, softcap, return_lse), window_size)
-        if same is not None:
-            kept: Kept | None = getattr(cu_seqlens, "_scree_kept", None)
-            made = _launch.again(q, k, v, None, cu_seqlens, cu_seqlens_k, kept, return_lse, same)
+    if plain and sinks is None and is_plain() and not torch.is_autocast_enabled("cuda"):
+        given = (causal, return_lse, scale, softcap, window_size)
+        if type(causal) is type(return_lse) is bool and (given[2:] == _DEFAULTS or _is_plain_number(*given[2:])):
+            wanted = _is_differentiated(q, k, v, None)
+            same = _calls.facts(q, k, v, return_lse or wanted, given)
+            kept: Kept | None = None if wanted else getattr(cu_seqlens, "_scree_kept", None)
+            made = _calls.again(q, k, v, None, cu_seqlens, cu_seqlens_k, kept, return_lse, same)
             if made is not None:
                 return (made[0], made[1].t()) if return_lse else made[0]
     if not (plain and _is_sound(*tensors, sinks, scale, window_size, softcap)):
@@ -96,18 +134,16 @@ def varlen_attention_triton(
     return (o, lse.t()) if return_lse else o
 
 
-_SCALARS = frozenset({bool, int, float, type(None)})
+_DEFAULTS = (None, None, (None, None))  # scale, softcap, window_size
+_NUMBERS = frozenset({int, float, type(None)})
+_SIDES = frozenset({int, type(None)})
 
 
-def _facts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: tuple[Any, ...], window_size: Any) -> Any:
-    """What a call can be remembered under, once it was checked; None where autocast or an unusual option is at work."""
-    if torch.is_autocast_enabled("cuda") or type(window_size) is not tuple:
-        return None
-    given = options + window_size
-    for option in given:
-        if type(option) not in _SCALARS:
-            return None
-    return _launch.facts(q, k, v, None, bool(options[-1]), given)
+def _is_plain_number(scale: Any, softcap: Any, window_size: Any) -> bool:
+    """Whether a call can be kept under these options: equal ones are accepted, or refused, all alike."""
+    if type(window_size) is not tuple or not _SIDES.issuperset(map(type, window_size)):
+        return False
+    return type(scale) in _NUMBERS and type(softcap) in _NUMBERS
 
 
 def _is_differentiated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> bool:
@@ -241,37 +277,31 @@ def _attend(
     kept_q = _kept_with(cu_q, kept_q)
     kept_k = kept_q if cu_k is cu_q else _kept_with(cu_k, kept_k)
     if _is_differentiated(q, k, v, sinks):
-        return _Attention.apply(q, k, v, sinks, cu_q, cu_k, options, kept_q, kept_k)  # pyright: ignore[reportReturnType]
+        work = cu_q, cu_k, options, kept_q, kept_k, same
+        return _Attention.apply(q, k, v, sinks, work)  # pyright: ignore[reportReturnType]
     return _launch.forward(q, k, v, sinks, cu_q, cu_k, options, kept_q, with_lse, same)
 
 
 class _Attention(torch.autograd.Function):
-    """The kernels to autograd, where nothing but autograd looks on."""
+    """The kernels to autograd, where nothing but autograd looks on, and which looks at each argument: the fewer, the faster.
+
+    `work` is (cu_q, cu_k, options, kept_q, kept_k, same).
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sinks: torch.Tensor | None,
-        cu_q: torch.Tensor,
-        cu_k: torch.Tensor,
-        options: Options,
-        kept_q: Kept | None,
-        kept_k: Kept | None,
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, work: tuple[Any, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        o, lse = _launch.forward(q, k, v, sinks, cu_q, cu_k, options, kept_q)
+        cu_q, cu_k, options, kept_q, kept_k, same = work
+        o, lse = _launch.forward(q, k, v, sinks, cu_q, cu_k, options, kept_q, True, same)
         ctx.save_for_backward(q, k, v, sinks, cu_q, cu_k, o, lse)
-        ctx.options, ctx.kept = options, (kept_q, kept_k)
+        ctx.work = options, kept_q, kept_k
         ctx.set_materialize_grads(False)
         return o, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, sinks, cu_q, cu_k, o, lse = ctx.saved_tensors
         if do is None and dlse is None:
-            return (None,) * 9
-        grads = _launch.backward(do, dlse, q, k, v, sinks, cu_q, cu_k, o, lse, ctx.options, *ctx.kept)
-        return *grads, None, None, None, None, None
+            return None, None, None, None, None
+        return *_launch.backward(do, dlse, *ctx.saved_tensors, *ctx.work), None

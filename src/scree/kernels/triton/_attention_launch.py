@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from . import _attention_calls as _calls
 from . import _hopper, _hopper_bwd, _hopper_pair, _tiles
 from ._attention_bwd_kernels import _attention_bwd_dkv_kernel, _attention_bwd_dq_kernel
 from ._attention_fwd_kernels import _attention_fwd_kernel
 from ._attention_tiles import Tiles, tiles_for
 from ._launch import INTERPRETED, Launcher, capability, device_number, processors, shared_memory
 from ._tiles import Kept
+from ._views import like
 
 WIDEST = 256
 _NO_LIMIT = -1
@@ -149,10 +151,40 @@ def _planned(
     regime: int,
     lse: bool = True,
 ) -> tuple[Launcher, Tiles]:
-    """The launcher of a kernel for these tensors.
+    """The launcher of a kernel for these tensors, looked up by what can be asked of them in little time.
 
     `strides` are those of all tensors that the kernel gets; `streamed`, the tensors that it walks over.
     """
+    _, heads, head_dim = q.shape
+    _, kv_heads, v_dim = v.shape
+    at = streamed[0].data_ptr() & 15, streamed[1].data_ptr() & 15
+    key = (
+        kernel, device_number(q), q.dtype, heads, head_dim, kv_heads, v_dim, options, strides, at,
+        None if extra is None else extra.dtype, regime, lse,
+    )  # fmt: skip
+    found = _PLANNED.get(key)
+    if found is None:
+        if len(_PLANNED) >= _MOST_PLANNED:  # options that change at every call
+            _PLANNED.clear()
+        found = _PLANNED[key] = _plan(kernel, q, v, options, strides, streamed, extra, regime, lse)
+    return found
+
+
+_PLANNED: dict[Any, tuple[Launcher, Tiles]] = {}
+_MOST_PLANNED = 1024
+
+
+def _plan(
+    kernel: str,
+    q: torch.Tensor,
+    v: torch.Tensor,
+    options: Options,
+    strides: tuple[int, ...],
+    streamed: tuple[torch.Tensor, torch.Tensor],
+    extra: torch.Tensor | None,
+    regime: int,
+    lse: bool,
+) -> tuple[Launcher, Tiles]:
     device = device_number(q)
     odd = sum((3 if s == 1 else 1) << 2 * i for i, s in enumerate(strides) if s % 16)
     facts = _Facts(
@@ -189,54 +221,6 @@ def _rows_dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
-class _Call(NamedTuple):
-    """A forward call that was made before with these offsets, in the same shapes: what is left is to launch it."""
-
-    launch: Launcher
-    grid: tuple[int, int, int]
-    tiles: torch.Tensor
-    scalars: tuple[int | float, ...]
-
-
-def facts(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, with_lse: bool, given: Any
-) -> Any:
-    """All that a forward call depends on beyond its offsets; `given` are the options, in any form."""
-    q_at, k_at, v_at = q.data_ptr() & 15, k.data_ptr() & 15, v.data_ptr() & 15
-    return (
-        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-        q.get_device(), k.get_device(), v.get_device(), q_at, k_at, v_at, with_lse, given,
-        None if sinks is None else sinks.dtype,
-    )  # fmt: skip
-
-
-def again(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    kept: Kept | None,
-    with_lse: bool,
-    same: Any,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """`forward`, where it was called before under the facts `same`; else None."""
-    call: _Call | None = _tiles.recall(kept, same, cu_q, cu_k)
-    return None if call is None else _launch(call, q, k, v, sinks, with_lse)
-
-
-def _launch(
-    call: _Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, with_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    total, heads, width = q.shape
-    v_dim = v.shape[2]
-    o = torch.empty_like(q) if v_dim == width and q.is_contiguous() else q.new_empty((total, heads, v_dim))
-    lse = torch.empty((heads, total), dtype=torch.float32, device=o.device) if with_lse else o
-    call.launch(call.grid, (q, k, v, o if sinks is None else sinks, call.tiles, o, lse), call.scalars)
-    return o, lse
-
-
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -256,15 +240,15 @@ def forward(
     if sinks is not None:
         sinks = sinks.contiguous()
     if same is None:
-        same = facts(q, k, v, sinks, with_lse, options)
-    call: _Call | None = _tiles.recall(kept, same, cu_q, cu_k)
+        same = _calls.facts(q, k, v, with_lse, (options, None if sinks is None else sinks.dtype))
+    call: _calls.Call | None = _tiles.recall(kept, same, cu_q, cu_k)
     if call is None:
         dense = _rows_dense(q), _rows_dense(k), _rows_dense(v)
         if dense[0] is not q or dense[1] is not k or dense[2] is not v:
             return forward(*dense, sinks, cu_q, cu_k, options, kept, with_lse)
         call = _prepare(q, k, v, sinks, cu_q, cu_k, options, kept, with_lse)
         _tiles.keep(kept, same, cu_q, cu_k, call)
-    return _launch(call, q, k, v, sinks, with_lse)
+    return _calls.launch(call, q, k, v, sinks, with_lse)
 
 
 def _prepare(
@@ -277,8 +261,8 @@ def _prepare(
     options: Options,
     kept: Kept | None,
     with_lse: bool,
-) -> _Call:
-    total, heads, _ = q.shape
+) -> _calls.Call:
+    total, heads, width = q.shape
     total_k, _, v_dim = v.shape
     strides = q.stride()[:2] + k.stride()[:2] + v.stride()[:2]
     regime = _regime(total_k, cu_k)
@@ -292,7 +276,8 @@ def _prepare(
     tile_map, slots = _tiles.of(kept, cu_q, cu_k, total, total_k, rows, left, right)
     programs = slots * heads if hopper is None else min(slots * heads, processors(device_number(q)))
     scalars = (*strides, heads * v_dim, v_dim, total, slots, scale, softcap, left, right)
-    return _Call(launch, (programs, 1, 1), tile_map, scalars)
+    like_q = v_dim == width and q.is_contiguous()
+    return _calls.Call(launch, (programs, 1, 1), tile_map, scalars, like_q, (total, heads, v_dim), (heads, total))
 
 
 def backward(
@@ -318,7 +303,7 @@ def backward(
     if dlse is not None:
         dlse = dlse.contiguous()
     q, k, v = _rows_dense(q), _rows_dense(k), _rows_dense(v)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = like(q), like(k), like(v)
     regime = _regime(max(q.shape[0], k.shape[0]), cu_k)
     given = (do, dlse, q, k, v, cu_q, cu_k, o, lse, (dq, dk, dv), options, kept_q, kept_k)
     if _hopper_bwd.why_not(q, k, v, do, options, cu_q.shape[0] - 1) is None:
@@ -362,7 +347,7 @@ def _two_kernels(
     launch, tiles = _planned("dq", q, v, options, strides, (k, v), dlse, regime)
     tile_map = _tiles.of(kept_q, cu_q, cu_k, total, total_k, tiles.rows, left, right)
     slots = tile_map.slots
-    rows = torch.empty((heads, slots, 2, tiles.rows), dtype=torch.float32, device=q.device)
+    rows = lse.new_empty((heads, slots, 2, tiles.rows))
     launch(
         (slots * heads, 1, 1),
         (q, k, v, o, do, lse, lse if dlse is None else dlse, tile_map.tiles, dq, delta, rows),

@@ -64,9 +64,12 @@ def plan(
     return launch, _ROWS
 
 
+_HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+
+
 def has_gluon() -> bool:
     """Whether this Triton has the language of the kernels for Hopper."""
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+    return _HAS_GLUON
 
 
 def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, batch: int) -> str | None:

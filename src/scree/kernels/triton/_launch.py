@@ -12,7 +12,12 @@ import triton
 
 from ..._backends.torch import is_recorded
 
-current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # a PyTorch without CUDA has none
+# The functions below torch.cuda's own, which take longer than what they do; a PyTorch without CUDA has none.
+current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+is_capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
+_is_transformed = torch._C._are_functorch_transforms_active
+_pointer = torch.Tensor.data_ptr
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton runs kernels in Python (``TRITON_INTERPRET=1``), so that tensors on the CPU serve."""
@@ -54,7 +59,7 @@ class Launcher:
         self._values = tuple(constants.values())
         self._options = options
         self._workspace = workspace
-        self._launches: dict[int, Callable[..., None]] = {}
+        self._launches: dict[int, _Launch] = {}
 
     def __call__(
         self, grid: tuple[int, int, int], tensors: tuple[torch.Tensor, ...], scalars: tuple[int | float, ...]
@@ -66,11 +71,11 @@ class Launcher:
             self._kernel[grid](*tensors, *scalars, **self._constants, **self._options)
             return
         device = self._device
-        if torch._C._cuda_getDevice() != device:  # pyright: ignore[reportAttributeAccessIssue]
+        if _current_device() != device:
             with torch.cuda.device(device):
                 self(grid, tensors, scalars)
             return
-        pointers = [tensor.data_ptr() for tensor in tensors]
+        pointers = [*map(_pointer, tensors)]
         bits = 0
         for pointer in pointers:
             bits |= pointer
@@ -80,70 +85,80 @@ class Launcher:
             if self._workspace:
                 triton.set_allocator(_allocate)  # a context variable: the thread of autograd has its own
             compiled = self._kernel[grid](*tensors, *scalars, **self._constants, **self._options)
-            self._launches[pattern] = _direct(compiled, device) or _indirect(compiled, self._workspace)
+            found = _direct(compiled, device, self._values) or _indirect(compiled, self._workspace, self._values)
+            self._launches[pattern] = found
             return
-        launch(grid, current_stream(device), (*pointers, *scalars, *self._values))
+        launch(grid, current_stream(device), pointers, scalars)
 
 
-def _indirect(compiled: Any, workspace: bool) -> Callable[..., None]:
+_Launch = Callable[[tuple[int, int, int], int, list[int], tuple[int | float, ...]], None]
+"""Launches a compiled kernel: grid, stream, pointers and scalars."""
+
+
+def _indirect(compiled: Any, workspace: bool, constants: tuple[Any, ...]) -> _Launch:
     """Launch a compiled kernel as Triton does."""
 
-    def launch(grid: tuple[int, int, int], stream: int, arguments: tuple[Any, ...]) -> None:
+    def launch(grid: tuple[int, int, int], stream: int, pointers: list[int], scalars: tuple[int | float, ...]) -> None:
         if workspace:
             triton.set_allocator(_allocate)
-        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        head = compiled.function, compiled.packed_metadata, None, None, None
+        compiled.run(*grid, stream, *head, *pointers, *scalars, *constants)
 
     return launch
 
 
-def _direct(compiled: Any, device: int) -> Callable[..., None] | None:
+def _direct(compiled: Any, device: int, constants: tuple[Any, ...]) -> _Launch | None:
     """Launch it without Triton's own Python, by the function that it compiled for that; None where that is another."""
     run = compiled.run
     if not triton.__version__.startswith("3.6.") or type(run).__name__ != "CudaLauncher" or run.profile_scratch_size:
         return None
-    call, function, metadata = run.launch, compiled.function, compiled.packed_metadata
-    cooperative, dependent, size = run.launch_cooperative_grid, run.launch_pdl, run.global_scratch_size * run.num_ctas
+    call, size = run.launch, run.global_scratch_size * run.num_ctas
+    before = compiled.function, run.launch_cooperative_grid, run.launch_pdl
+    behind = None, compiled.packed_metadata, None, None, None
 
-    def launch(grid: tuple[int, int, int], stream: int, arguments: tuple[Any, ...]) -> None:
+    def launch(grid: tuple[int, int, int], stream: int, pointers: list[int], scalars: tuple[int | float, ...]) -> None:
         scratch = _scratch(device, stream, size * grid[0] * grid[1] * grid[2]) if size else None
-        call(
-            *grid, stream, function, cooperative, dependent, scratch, None, metadata, None, None, None, *arguments
-        )  # fmt: skip
+        call(*grid, stream, *before, scratch, *behind, *pointers, *scalars, *constants)
 
     return launch
 
 
-_SCRATCH: dict[tuple[int, int], torch.Tensor] = {}
+_SCRATCH: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}  # with where it lies, which takes time to ask
 _MOST_SCRATCH = 1 << 20  # bytes that are kept for a stream
 
 
-def _scratch(device: int, stream: int, size: int) -> torch.Tensor:
+def _scratch(device: int, stream: int, size: int) -> int | torch.Tensor:
     """Memory for the descriptors that a kernel makes for itself, which the next one on the stream may overwrite.
 
     A CUDA graph gets its own: it may be replayed on any stream, beside any other.
     """
-    if size > _MOST_SCRATCH or torch.cuda.is_current_stream_capturing():
+    if size > _MOST_SCRATCH or captures(stream):
         return torch.empty(size, dtype=torch.int8, device=torch.device("cuda", device))
     kept = _SCRATCH.get((device, stream))
     if kept is None:
-        kept = torch.empty(_MOST_SCRATCH, dtype=torch.int8, device=torch.device("cuda", device))
-        _SCRATCH[device, stream] = kept
-    return kept
+        memory = torch.empty(_MOST_SCRATCH, dtype=torch.int8, device=torch.device("cuda", device))
+        kept = _SCRATCH[device, stream] = memory.data_ptr(), memory
+    return kept[0]
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def capture_number(device: int) -> int | None:
+def captures(stream: int) -> bool:
+    """Whether a CUDA graph is captured on the current stream, which is `stream`: never on the default one, 0."""
+    return stream != 0 and is_capturing()
+
+
+def capture_number(stream: int) -> int | None:
     """0 outside of the capture of a CUDA graph, else the driver's number of the capture; None where it tells none."""
-    if INTERPRETED or not torch.cuda.is_current_stream_capturing():
+    if not captures(stream):
         return 0
     ask = _capture_info()
     if ask is None:
         return None
     status, number = ctypes.c_int(), ctypes.c_ulonglong()
-    failed = ask(ctypes.c_void_p(current_stream(device)), ctypes.byref(status), ctypes.byref(number), None, None, None)
+    failed = ask(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None)
     return None if failed or not number.value else number.value
 
 
@@ -210,7 +225,7 @@ def refuse_device(op: str, name: str, x: torch.Tensor) -> None:
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:
     """Whether no compiler or transformation looks on, so that a kernel may be launched rather than recorded."""
-    if torch.compiler.is_compiling() or is_recorded() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or is_recorded() or _is_transformed():
         return False
     for x in tensors:  # noqa: SIM110, in less time than a generator takes
         if type(x) not in _PLAIN:
@@ -220,7 +235,7 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
 
 def is_transformed() -> bool:
     """Whether a transformation of `torch.func` is at work, outside of any compiler."""
-    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    return _is_transformed() and not torch.compiler.is_compiling()
 
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})

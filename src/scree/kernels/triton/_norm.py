@@ -91,35 +91,30 @@ def _norm(
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
-        return _Norm.apply(x, weight, bias, offsets, eps, centered, ragged_dim)
+        return _Norm.apply(x, weight, bias, (offsets, eps, centered, ragged_dim))
     return forward(x, weight, bias, offsets, eps, centered, ragged_dim, False)[0]
 
 
 class _Norm(Function):
+    """The kernels to autograd, which looks at each argument: `how` is (offsets, eps, centered, ragged_dim)."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        offsets: torch.Tensor | None,
-        eps: float,
-        centered: bool,
-        ragged_dim: int,
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, how: tuple[Any, ...]
     ) -> torch.Tensor:
+        offsets, eps, centered, ragged_dim = how
         y, stats = forward(x, weight, bias, offsets, eps, centered, ragged_dim, True)
         ctx.save_for_backward(x, weight, stats, offsets)
-        ctx.bias_dtype = x.dtype if bias is None else bias.dtype
-        ctx.centered, ctx.ragged_dim = centered, ragged_dim
+        ctx.how = x.dtype if bias is None else bias.dtype, centered, ragged_dim
         return y
 
     @staticmethod
     @once
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, stats, offsets = ctx.saved_tensors
+        bias_dtype, centered, ragged_dim = ctx.how
         needs = ctx.needs_input_grad[:3]
-        grads = backward(dy, x, weight, stats, offsets, ctx.bias_dtype, ctx.centered, ctx.ragged_dim, *needs)
-        return (*grads, None, None, None, None)
+        return *backward(dy, x, weight, stats, offsets, bias_dtype, centered, ragged_dim, *needs), None
 
 
 # Where a compiler or a transformation looks on: operators of PyTorch's, with their shapes and their gradients.

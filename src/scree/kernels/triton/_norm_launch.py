@@ -9,7 +9,7 @@ import triton
 
 from . import _norm_kernels as kernels
 from ._launch import Launcher, device_number, processors, shared_memory
-from ._views import Rows, like, rows_of, specialised, wide
+from ._views import Rows, flat, like, rows_of, specialised, wide
 
 _WIDE = 16384  # features: wider rows go in chunks forward ...
 _WIDE_BACKWARD = 8192  # ... and backward, where the sums over rows are in registers too
@@ -90,12 +90,16 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The normalised values and, where they are to be saved, the stats (rows, or 2 x rows); else x in their place."""
     dtype, features = x.dtype, x.shape[-1]
-    x, (layout, rows, inner, stride_outer, stride) = _dense(x) if features else (x, Rows(0, 0, 1, 0, 0))
-    y = like(x)
+    if x.is_contiguous():
+        layout, rows, inner, stride_outer, stride = 0, x.numel() // features if features else 0, 1, 0, features
+        y = torch.empty_like(x)
+    else:
+        x, (layout, rows, inner, stride_outer, stride) = _dense(x) if features else (x, Rows(0, 0, 1, 0, 0))
+        y = like(x)
     stats = x
     if save:
         stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        stats = torch.empty(2 * rows if centered else rows, dtype=stats_dtype, device=x.device)
+        stats = flat(2 * rows if centered else rows, stats_dtype, x.device)
     if rows == 0:
         return y, stats
     device = device_number(x)
@@ -178,8 +182,8 @@ def backward(
     dtype, device, features = x.dtype, device_number(x), x.shape[-1]
     weight_dtype = dtype if weight is None else weight.dtype
     dx = like(x) if needs_x else None
-    dweight = torch.empty(features, dtype=weight_dtype, device=x.device) if needs_weight else None
-    dbias = torch.empty(features, dtype=bias_dtype, device=x.device) if needs_bias else None
+    dweight = flat(features, weight_dtype, x.device) if needs_weight else None
+    dbias = flat(features, bias_dtype, x.device) if needs_bias else None
     if x.numel() == 0:
         return dx, None if dweight is None else dweight.zero_(), None if dbias is None else dbias.zero_()
     x, (layout, rows, inner, stride_outer, stride) = _dense(x)
@@ -204,12 +208,12 @@ def backward(
     scalars = (rows, inner, stride_outer, stride, batch_size, trail, tokens)
     programs = min(plan.programs, -(-rows // plan.tile))
     sums = needs_weight + needs_bias
-    dparts = torch.empty(sums * programs * features, dtype=stats.dtype, device=x.device) if sums else stats
+    dparts = flat(sums * programs * features, stats.dtype, x.device) if sums else stats
     target = stats if dx is None else dx
     if plan.means is None:
         plan.launch((programs, 1, 1), (dy, x, weight, stats, offsets, target, dparts), scalars)
     else:
-        along = torch.empty(2 * rows if centered else rows, dtype=stats.dtype, device=x.device)
+        along = flat(2 * rows if centered else rows, stats.dtype, x.device)
         plan.means((rows, 1, 1), (dy, x, weight, stats, offsets, along), scalars)
         plan.launch((programs, plan.columns, 1), (dy, x, weight, stats, along, offsets, target, dparts), scalars)
     if sums:

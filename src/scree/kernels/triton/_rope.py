@@ -40,7 +40,7 @@ def varlen_rope(
         record = _Transformed.apply if under_functorch() else torch.ops.scree.rope_fwd
         y = record(x, cos, sin, offsets, starts, begin, interleaved, False)
     elif torch.is_grad_enabled() and (x.requires_grad or cos.requires_grad or sin.requires_grad):
-        y = _Rope.apply(x, cos, sin, offsets, starts, begin, interleaved)
+        y = _Rope.apply(x, cos, sin, (offsets, starts, begin, interleaved))
     else:
         y = _forward(x, cos, sin, offsets, starts, begin, interleaved, False)
     return Array._make(y, offsets, 0, arr._structure)
@@ -102,17 +102,11 @@ def _forward(
 
 
 class _Rope(Function):
+    """The kernel to autograd, which looks at each argument: `how` is (offsets, starts, begin, interleaved)."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        offsets: torch.Tensor,
-        starts: torch.Tensor | None,
-        begin: int,
-        interleaved: bool,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, how: tuple[Any, ...]) -> torch.Tensor:
+        offsets, starts, begin, interleaved = how
         ctx.how = begin, interleaved
         ctx.save_for_backward(x if cos.requires_grad or sin.requires_grad else None, cos, sin, offsets, starts)
         return _forward(x, cos, sin, offsets, starts, begin, interleaved, False)
@@ -126,7 +120,7 @@ class _Rope(Function):
         tables = (None, None)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             tables = _table_gradients(x, dy, cos, sin, offsets, starts, begin, interleaved)
-        return dx, *tables, None, None, None, None
+        return dx, *tables, None
 
 
 def _table_gradients(

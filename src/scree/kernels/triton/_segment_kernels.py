@@ -305,6 +305,7 @@ def _list_kernel(
     out_ptr,
     list_ptr,
     states_ptr,
+    next_ptr,
     rows: "i64",
     total: "i64",
     cols: "i64",
@@ -322,7 +323,13 @@ def _list_kernel(
     PART: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """What is on the list, part after part; with LAST those sequences whose parts have left their states."""
+    """What is on the list, part after part; with LAST those sequences whose parts have left their states.
+
+    The counts of the next call's list, which nobody uses now, become zeros.
+    """
+    if not LAST:
+        if tl.program_id(0) == 0:
+            tl.store(next_ptr + tl.arange(0, 2), tl.zeros((2,), tl.int64))
     counts_ptr = list_ptr.to(tl.pointer_type(tl.int32))
     list_ptr += 2
     count = tl.minimum(tl.load(counts_ptr), capacity) * columns  # in 32 bits: an item has thousands of elements

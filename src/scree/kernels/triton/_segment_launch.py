@@ -10,15 +10,15 @@ import triton.language as tl
 
 from ..._array import Array
 from . import _segment_kernels as kernels
-from ._launch import Launcher, capability, device_number, processors
-from ._views import like
+from ._launch import INTERPRETED, Launcher, capability, captures, current_stream, device_number, processors
+from ._views import flat, like
 
 OPS = {"softmax": 0, "sum": 1, "mean": 2, "max": 3, "min": 4, "logsumexp": 5}
 GRADIENT = 6  # what the number of an op has more for its gradient
 _UNFOLDED = (7, 8, 11)  # gradients that need no sum over the tokens
 
 _INF = float("inf")
-_UNKNOWN = 2**62
+_UNKNOWN = 2**40
 _EXACT: dict[str, Any] = {
     "enable_fp_fusion": False
 }  # what becomes one operation depends on the tile, and so would the bits
@@ -92,16 +92,35 @@ class _Plan(NamedTuple):
     last: Launcher
 
 
-class _Kind(NamedTuple):
-    """One op on one kind of values: what it is computed in, the tiles, memory that is not used, and the kernels."""
+_PLANS: dict[Any, _Plan] = {}
 
+
+class _Way(NamedTuple):
+    """What is launched for values of one shape.
+
+    Attributes
+    ----------
+    grid, scalars
+        Of the first kernel, and what all of them get.
+    capacity : int
+        The entries of the list at most; 0 where there is none.
+    programs
+        The grid of the kernels that work on the list.
+    states : int
+        Numbers of the type `acc` that those leave for each other; 0 where no sequence has several parts.
+    """
+
+    plan: _Plan
+    grid: tuple[int, int, int]
+    scalars: tuple[int, ...]
     acc: torch.dtype
-    tiles: Tiles
-    unused: torch.Tensor
-    plans: dict[tuple[int, bool], _Plan]
+    capacity: int
+    programs: tuple[int, int, int]
+    states: int
 
 
-_KINDS: dict[Any, _Kind] = {}
+_WAYS: dict[Any, _Way] = {}
+_MOST_WAYS = 1024
 
 
 class _Shape(NamedTuple):
@@ -179,6 +198,7 @@ def _plan(
     capped = op < GRADIENT and t.block == 1 and dtype.itemsize == 2 and capability(device) == (9, 0)
     cap: dict[str, Any] = {"maxnreg": 96} if capped else {}
     parts = {"STEPS": max(1, t.part_tile // (t.part_lanes * t.block)), "LANES": t.part_lanes, "PART": t.part}
+
     return _Plan(
         Launcher(kernels._rows_kernel, device, shared | warp, num_warps=1, **_EXACT, **cap),
         Launcher(kernels._list_kernel, device, shared | parts | {"LAST": False}, num_warps=t.warps, **_EXACT),
@@ -224,39 +244,102 @@ def _launch(
     op: int, tensors: tuple[torch.Tensor, ...], offsets: torch.Tensor, out: torch.Tensor, shape: _Shape, known: Known
 ) -> None:
     """Compute `out` from (x, dy, y)."""
-    if out.numel() == 0:
+    if 0 in out.shape:
         return
-    device, rows, cols = device_number(out), offsets.shape[0] - 1, shape.outer * shape.inner
-    dtype = out.dtype
-    key = (op, device, dtype, offsets.dtype, tensors[1].dtype, tensors[2].dtype, shape.inner, shape.outer > 1)
-    kind = _KINDS.get(key)
-    if kind is None:
-        acc = dtype if dtype == torch.float64 else torch.float32 if dtype.is_floating_point else torch.int64
-        t = tiles(shape.inner, out.itemsize, acc.itemsize, op >= GRADIENT)
-        kind = _KINDS[key] = _Kind(acc, t, torch.empty(1, dtype=acc, device=out.device), {})
-    acc, t, unused, plans = kind
+    device = device_number(out)
+    key = (op, device, out.dtype, offsets.dtype, tensors[1].dtype, tensors[2].dtype, offsets.shape[0], shape, known)
+    way = _WAYS.get(key)
+    if way is None:
+        if len(_WAYS) >= _MOST_WAYS:  # totals that change at every call
+            _WAYS.clear()
+        way = _WAYS[key] = _way(*key)
+    if out.dtype == torch.bool:
+        tensors, out = tuple(map(_integers, tensors)), _integers(out)
+    if not way.capacity:
+        way.plan.rows(way.grid, (*tensors, offsets, out, offsets), way.scalars)
+        return
+    room = _take_room(device, way, out)
+    given = (*tensors, offsets, out, room.entries)
+    way.plan.rows(way.grid, given, way.scalars)
+    given = (*given, room.states, room.following)
+    way.plan.parts(way.programs, given, way.scalars)
+    if way.states:
+        way.plan.last(way.programs, given, way.scalars)
+    if room.key is not None:
+        _ROOMS[room.key] = room._replace(entries=room.following, following=room.entries)
+
+
+def _way(
+    op: int,
+    device: int,
+    dtype: torch.dtype,
+    offsets: torch.dtype,
+    dy: torch.dtype,
+    y: torch.dtype,
+    rows: int,
+    shape: _Shape,
+    known: Known,
+) -> _Way:
+    rows, cols = rows - 1, shape.outer * shape.inner
+    acc = dtype if dtype == torch.float64 else torch.float32 if dtype.is_floating_point else torch.int64
+    t = tiles(shape.inner, dtype.itemsize, acc.itemsize, op >= GRADIENT)
     columns = -(-cols // t.block)
     beyond = (op == 0 or op >= GRADIENT) and not known.covered  # what lies beyond the last sequence is one, too
     longest = shape.total if beyond and not known.full else min(known.longest, shape.total)
     far = longest > t.medium
     together = _together(rows + beyond, shape, t.block, device)
-    plan = plans.get((together, far))
+    cut = far and longest >= 2 * t.part and op not in _UNFOLDED
+    if not cut and op not in _UNFOLDED:  # whatever the lengths are in truth: no parts, for which there are no states
+        t = t._replace(part=_UNKNOWN)
+    key = (op, device, dtype, offsets, dy, y, shape.inner, shape.outer > 1, together, far, cut)
+    plan = _PLANS.get(key)
     if plan is None:
-        plan = plans[together, far] = _plan(op, device, dtype, acc, shape, t, together, far)
-    grid = -(-(rows + beyond) // together) * columns, 1, 1
-    if dtype == torch.bool:
-        tensors, out = tuple(map(_integers, tensors)), _integers(out)
-    if not far:
-        plan.rows(grid, (*tensors, offsets, out, offsets), (rows, shape.total, cols, columns, 0))
-        return
-    capacity = shape.total // t.medium
-    scalars = (rows, shape.total, cols, columns, capacity)
-    # Before the list: how many entries it has, how many were taken, in two passes, and whether any sequence has several.
-    given = (*tensors, offsets, out, torch.zeros(2 + capacity, dtype=torch.int64, device=out.device))
-    plan.rows(grid, given, scalars)
-    cut = longest >= 2 * t.part and op not in _UNFOLDED
-    states = torch.empty(capacity * columns * 2 * t.block, dtype=acc, device=out.device) if cut else unused
-    programs = min(capacity * columns, 8 * processors(device)), 1, 1
-    plan.parts(programs, (*given, states), scalars)
-    if cut:
-        plan.last(programs, (*given, states), scalars)
+        plan = _PLANS[key] = _plan(op, device, dtype, acc, shape, t, together, far)
+    capacity = shape.total // t.medium if far else 0
+    return _Way(
+        plan,
+        (-(-(rows + beyond) // together) * columns, 1, 1),
+        (rows, shape.total, cols, columns, capacity),
+        acc,
+        capacity,
+        (min(capacity * columns, 8 * processors(device)), 1, 1),
+        capacity * columns * 2 * t.block if cut else 0,
+    )
+
+
+class _Room(NamedTuple):
+    """Memory between the kernels of one call: the list of long sequences, behind 4 counts in 32 bits, and states.
+
+    The counts are zeros before a call: how many entries the list has, how many were taken, in two passes, and whether any
+    sequence has several. A call puts zeros there for the `following` one.
+    """
+
+    key: Any
+    entries: torch.Tensor
+    following: torch.Tensor
+    length: int
+    states: torch.Tensor
+    size: int
+
+
+_ROOMS: dict[Any, _Room] = {}
+_MOST_ROOM = 1 << 24  # bytes that are kept for a stream
+
+
+def _take_room(device: int, way: _Way, out: torch.Tensor) -> _Room:
+    """The memory that is kept for the stream, which nobody else has until it is put back; or fresh memory.
+
+    A CUDA graph gets its own: it may be replayed on any stream, beside any other. So does the second of two threads on
+    one stream. An error on the way loses it.
+    """
+    length, size = 2 + way.capacity, max(way.states, 1)
+    key = None
+    stream = 0 if INTERPRETED else current_stream(device)
+    if not captures(stream) and 16 * length + way.acc.itemsize * size <= _MOST_ROOM:
+        key = device, stream, way.acc
+        found = _ROOMS.pop(key, None)
+        if found is not None and found.length >= length and found.size >= size:
+            return found
+        length, size = triton.next_power_of_2(length), triton.next_power_of_2(size)
+    entries = torch.zeros(length, dtype=torch.int64, device=out.device)
+    return _Room(key, entries, torch.empty_like(entries), length, flat(size, way.acc, out.device), size)

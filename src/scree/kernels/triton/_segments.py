@@ -36,15 +36,16 @@ def _segments(op: int, arr: Array) -> torch.Tensor:
         record = _Transformed.apply if under_functorch() else torch.ops.scree.segments_fwd
         return record(op, x, offsets, arr._ragged_dim)
     if x.requires_grad and torch.is_grad_enabled():
-        return _Segments.apply(op, x, offsets, arr._ragged_dim, known(arr))
+        return _Segments.apply(x, (op, offsets, arr._ragged_dim, known(arr)))
     return forward(op, x, offsets, arr._ragged_dim, known(arr))
 
 
 class _Segments(Function):
+    """The kernels to autograd, which looks at each argument: `how` is (op, offsets, ragged_dim, lengths)."""
+
     @staticmethod
-    def forward(
-        ctx: Any, op: int, x: torch.Tensor, offsets: torch.Tensor, ragged_dim: int, lengths: Known
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, how: tuple[int, torch.Tensor, int, Known]) -> torch.Tensor:
+        op, offsets, ragged_dim, lengths = how
         y = forward(op, x, offsets, ragged_dim, lengths)
         ctx.how = op, ragged_dim, lengths, x.shape
         ctx.save_for_backward(y if op == 0 else x if op in _READS_VALUES else None, y, offsets)
@@ -57,7 +58,7 @@ class _Segments(Function):
         op, ragged_dim, lengths, shape = ctx.how
         if x is None:  # its shape is all that counts
             x = dy.new_empty(()).expand(shape)
-        return None, backward(op, x, y, dy, offsets, ragged_dim, lengths), None, None, None
+        return backward(op, x, y, dy, offsets, ragged_dim, lengths), None
 
 
 # Where a compiler or a transformation looks on.

@@ -118,11 +118,11 @@ def _key(facts: Any, offsets: torch.Tensor, other: torch.Tensor) -> Any:
     What is worked out while a CUDA graph is captured is worked out again by every replay, from the offsets of then: it
     may serve the rest of that capture, and nothing else.
     """
-    device = offsets.get_device()
-    capture = capture_number(device)
+    stream = 0 if INTERPRETED else current_stream(offsets.get_device())
+    capture = capture_number(stream)
     if capture is None:
         return None
-    return facts, capture, 0 if INTERPRETED else current_stream(device), 0 if other is offsets else id(other)
+    return facts, capture, stream, 0 if other is offsets else id(other)
 
 
 def recall(kept: Kept | None, facts: Any, offsets: torch.Tensor, other: torch.Tensor) -> Any:
@@ -130,10 +130,13 @@ def recall(kept: Kept | None, facts: Any, offsets: torch.Tensor, other: torch.Te
     if kept is None:
         return None
     entry: _Entry | None = kept.get(_key(facts, offsets, other))
-    if entry is None or entry.version != _version(offsets):
+    if entry is None:
         return None
-    if entry.other is None or (entry.other() is other and entry.other_version == _version(other)):
-        return entry.value
+    value, version, its_other, other_version = entry
+    if version >= 0 and version != offsets._version:
+        return None
+    if its_other is None or (its_other() is other and (other_version < 0 or other_version == other._version)):
+        return value
     return None
 
 

@@ -21,6 +21,11 @@ def like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def flat(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory for a tensor (size,), in as little time as PyTorch takes."""
+    return torch.empty_strided((size,), (1,), dtype=dtype, device=device)
+
+
 class Rows(NamedTuple):
     """The rows of a tensor along its last axis, which is dense.
 
