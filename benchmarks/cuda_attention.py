@@ -114,12 +114,12 @@ def tensors(**options: Any) -> Contender:
 
 def portable(work: Work, *qkv: torch.Tensor) -> Thunk:
     """Triton's plain kernels, where Hopper has others of its own; the backward too, so the call must hold it."""
-    cu_seqlens, causal = work.cu_seqlens, work.causal
+    cu_seqlens, causal = work.cu_seqlens.clone(), work.causal  # what is prepared is kept with it
     return lambda: fast.varlen_attention_triton(*qkv, cu_seqlens, causal)
 
 
 def without_hopper(run: Thunk) -> Thunk:
-    """The same call with Hopper's kernels refused; an error if nobody asked for them, as it measured something else."""
+    """The same call with Hopper's kernels refused; an error if nobody ever asked for them, as it measured something else."""
     from scree.kernels.triton import _hopper, _hopper_bwd, _hopper_pair
 
     places = [(module, module.why_not) for module in (_hopper, _hopper_bwd, _hopper_pair)]
@@ -130,7 +130,6 @@ def without_hopper(run: Thunk) -> Thunk:
         return "these are the portable kernels"
 
     def refused() -> Any:
-        asked.clear()
         for module, _ in places:
             module.why_not = refuse
         try:
