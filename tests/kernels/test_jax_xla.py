@@ -141,6 +141,54 @@ def test_reductions_of_a_row_alone_where_the_way_changes_with_the_features(jx, o
         assert_same_bits(jx.to_np(alone)[0], out[i])
 
 
+@pytest.mark.parametrize("features", [256, 1500])
+@pytest.mark.parametrize("name", ["softmax", "max", "logsumexp"])
+def test_wide_tokens_of_a_row_alone_where_the_way_changes_with_the_lengths(jx, name, features):
+    jax = jx.module
+    lengths = (600, 0, 5, 129, 1)  # long on average, and so is one row; alone, the others are short
+    a = arr_of(jx, lengths, (features,))
+    cuts = oracle.offsets_of(lengths)
+
+    def call(a, implementation):
+        if name == "softmax":
+            return kernels.varlen_softmax(a, implementation=implementation).values
+        return kernels.varlen_reduce(a, name, implementation=implementation)
+
+    def both(a, place, implementation=NAME):
+        weights = jx.array(normal((cuts[-1], features), 7)[place if name == "softmax" else slice(len(a))])
+
+        def loss(values):
+            out = call(a.with_values(values), implementation)
+            return (jax.numpy.where(jax.numpy.isfinite(out), out, 0) * weights).sum(), out
+
+        (_, out), grad = jax.value_and_grad(loss, has_aux=True)(a.values)
+        return jx.to_np(out), jx.to_np(grad)
+
+    out, grad = both(a, slice(None))
+    for got, want in zip((out, grad), both(a, slice(None), "reference"), strict=True):
+        assert_close(got, want, "float32")
+    for i in (0, 2, 3, 4):
+        place = slice(cuts[i], cuts[i + 1])
+        alone, alone_grad = both(a[i : i + 1], place)
+        assert_same_bits(alone, out[place if name == "softmax" else slice(i, i + 1)])
+        if name == "softmax":
+            assert_same_bits(alone_grad, grad[place])
+
+
+def test_the_second_derivative_of_softmax(jx):
+    jax = jx.module
+    a = arr_of(jx, (3, 0, 30), (256,))
+    direction = jx.array(normal(a.values.shape, 3))
+
+    def product(implementation):
+        def loss(values):
+            return (CALLS["softmax"](a.with_values(values), implementation) ** 2).sum()
+
+        return jx.to_np(jax.grad(lambda v: (jax.grad(loss)(v) * direction).sum())(a.values))
+
+    assert_close(product(NAME), product("reference"), "float32")
+
+
 def test_spare_values_that_are_nan_reach_no_sum_and_get_no_gradient(jx):
     jax, jnp = jx.module, jx.module.numpy
     a = scree.with_capacity(arr_of(jx, (300, 5), (40,)), 4, 400)
