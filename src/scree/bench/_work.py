@@ -8,7 +8,7 @@ import numpy as np
 
 TOKENS = (96, 12_160, 1024)  # rows, tokens, features
 HEADS = ((16, 124, 4, 32), (16, 512, 8, 64))  # sequences, mean length, heads, head dim
-BATCHES = 8  # with lengths of their own, where every call gets new ones
+BATCHES, DRAWN = 8, 500  # with lengths of their own, where every call gets new ones: those of so many that are drawn
 
 
 def lengths_of(rows: int, mean: int, total: int | None = None, seed: int = 0) -> Any:
@@ -24,7 +24,9 @@ def lengths_of(rows: int, mean: int, total: int | None = None, seed: int = 0) ->
 class Heads:
     """One batch for causal attention: q, k, v (T, heads, dim), a gradient of the output, and lengths.
 
-    ``others`` has lengths of as many tokens in all: what a training loop brings at the next calls.
+    ``others`` has lengths of as many tokens in all, as a training loop brings them at the next calls. Of many that are
+    drawn they are those whose pairs of a query and a key are nearest in number to those of ``lengths``: what calls with
+    new lengths take longer is then what new lengths cost, and not that there is more to compute.
     """
 
     def __init__(
@@ -38,13 +40,12 @@ class Heads:
         self.name = f"{sequences} x ~{mean} x {heads} x {dim}"
         if dtype != "float32":
             self.name = f"{self.name} {dtype}"
-        self.flops = sum(2.0 * n * (n + 1) for n in self.lengths) * heads * dim
-        self.others: list[list[int]] = [
-            lengths_of(sequences, mean, total, seed).tolist() for seed in range(1, BATCHES + 1)
-        ]
+        pairs = _pairs(self.lengths)
+        self.flops = 4.0 * pairs * heads * dim
+        drawn = [lengths_of(sequences, mean, total, seed).tolist() for seed in range(1, DRAWN + 1)]
+        self.others: list[list[int]] = sorted(drawn, key=lambda lengths: abs(_pairs(lengths) - pairs))[:BATCHES]
         self.other_offsets = [_offsets(lengths) for lengths in self.others]
-        pairs = [sum(2.0 * n * (n + 1) for n in lengths) for lengths in self.others]
-        self.other_flops = float(np.median(pairs)) * heads * dim
+        self.other_flops = 4.0 * float(np.median([_pairs(lengths) for lengths in self.others])) * heads * dim
 
 
 class Tokens:
@@ -60,6 +61,11 @@ class Tokens:
         self.name = f"{tokens} x {features}, {rows} rows"
         angles = np.arange(max(self.lengths))[:, None] / 10_000 ** (np.arange(0, 64, 2) / 64)
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)  # heads of 64
+
+
+def _pairs(lengths: list[int]) -> float:
+    """How many keys all causal queries see."""
+    return sum(n * (n + 1) / 2 for n in lengths)
 
 
 def _offsets(lengths: list[int]) -> Any:
