@@ -175,6 +175,18 @@ def test_wide_tokens_of_a_row_alone_where_the_way_changes_with_the_lengths(jx, n
             assert_same_bits(alone_grad, grad[place])
 
 
+def test_wide_tokens_as_on_devices_other_than_the_cpu(jx, monkeypatch):
+    from scree.kernels.jax_xla import _fold
+
+    monkeypatch.setattr(_fold, "_NARROW", 1000)
+    lengths = (200, 3, 0, 1101)  # of no other test here: what was compiled is kept by shapes
+    a = arr_of(jx, lengths, (70,))
+    for name in ("softmax", "reduce"):
+        got = jx.to_np(CALLS[name](a))
+        assert_close(got, jx.to_np(CALLS[name](a, "reference")), "float32")
+        assert_same_bits(jx.to_np(CALLS[name](a[3:4])), got[203:] if name == "softmax" else got[3:])
+
+
 def test_the_second_derivative_of_softmax(jx):
     jax = jx.module
     a = arr_of(jx, (3, 0, 30), (256,))

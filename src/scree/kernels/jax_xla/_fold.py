@@ -3,8 +3,8 @@
 On the CPU tokens are combined one after the other, and each time a tile of a row is full it is combined with those
 before it: by a scatter, or, where rows are long and tokens wide, in loops over a few tokens that stay in its cache, so
 that what is made of the tokens is never in memory as a whole. Both have the same order, and so the same bits. On other
-devices, where a scatter has any order, tiles are trees of elementwise operations: wide tokens tile by tile in a loop,
-narrow ones all at once by a gather, which narrow tokens have on the CPU as well.
+devices, where a scatter has any order and each turn of a loop is waited for, tiles are gathered, all at once, and each is
+a tree of elementwise operations; narrow tokens have that on the CPU as well.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from jax import Array as Dense
 from jax import lax
 
 from ..._check import integer_limits, is_integer
-from ._tiles import at, longer, tiles_of
+from ._tiles import tiles_of
 
-_MIDDLING, _WIDE = 32, 64  # features
-_LOOPED, _GATHERED, _IN_ORDER = 128, 32, 512  # tokens of a tile
+_NARROW = 32  # features, below which tokens are gathered everywhere
+_GATHERED, _IN_ORDER = 32, 512  # tokens of a tile
 _BLOCK = 16  # tokens that are read at once, of so many features at most: XLA cuts more in two, and waits for both
 _BLOCK_FEATURES = 1024
 _LONG = 16  # tokens of a row on average, from which on blocks are faster than a scatter
@@ -72,15 +72,14 @@ def fold(op: str, of_token: Callable[..., Dense], tokens: Arrays, of_row: Arrays
             tokens = (*tokens, *(taken(x, row) for x in of_row))
         return way(op, of_token(*tokens), offsets)
 
-    if features < _MIDDLING:
+    if features < _NARROW:
         return at_once(_gathered, tokens, of_row, offsets)
     on_cpu = partial(at_once, _scattered)
     # A scatter of what is there already is as fast as memory for sums.
     plain = op == "sum" and len(tokens) == 1 and not of_row
     if not plain and features >= _BLOCK_FEATURES // 4 and total >= max(_LONG * rows, _BLOCK):
         on_cpu = partial(_by_blocks, op, of_token, dtype)
-    elsewhere = partial(at_once, _looped if features >= _WIDE else _gathered)
-    return lax.platform_dependent(tokens, of_row, offsets, cpu=on_cpu, default=elsewhere)
+    return lax.platform_dependent(tokens, of_row, offsets, cpu=on_cpu, default=partial(at_once, _gathered))
 
 
 def _neutral(op: str, dtype: Any) -> Any:
@@ -159,21 +158,6 @@ def _halved(op: str, x: Dense) -> Dense:
         half = x.shape[-2] // 2
         x = _COMBINE[op](x[..., :half, :], x[..., half:, :])
     return x[..., 0, :]
-
-
-def _looped(op: str, x: Dense, offsets: Dense) -> Dense:
-    neutral = jnp.asarray(_neutral(op, x.dtype), x.dtype)
-    tiles = tiles_of(offsets, _LOOPED)
-    x = longer(x, 0, _LOOPED)
-
-    def of_tile(i: Dense, done: Dense) -> Dense:
-        tile = tiles.tile(i)
-        inside = tile.start + jnp.arange(_LOOPED, dtype=tile.start.dtype) < offsets[tile.row + 1]
-        part = jnp.where(inside[:, None], at(x, 0, tile.start, _LOOPED), neutral)
-        return done.at[tile.row].set(_COMBINE[op](done[tile.row], _halved(op, part)))
-
-    out = jnp.full((offsets.shape[0] - 1, x.shape[1]), neutral, x.dtype)
-    return lax.fori_loop(jnp.zeros_like(tiles.all()), tiles.all(), of_tile, out)
 
 
 def _gathered(op: str, x: Dense, offsets: Dense) -> Dense:
