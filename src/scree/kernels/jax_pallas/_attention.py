@@ -223,35 +223,11 @@ def _kernel_backward(
     return dq, dk, dv, each.sum(-1).astype(sinks.dtype)
 
 
-def _by_heads(x: Dense, kv_heads: int) -> Dense:
-    """(T, H, D) as (K, G, T, D), in float32."""
-    return jnp.moveaxis(x.astype(jnp.float32), 0, 1).reshape(kv_heads, -1, x.shape[0], x.shape[2])
-
-
-def _by_tokens(x: Dense, like: Dense) -> Dense:
-    """(K, G, T, D) as (T, H, D)."""
-    return jnp.moveaxis(x.reshape(like.shape[1], like.shape[0], -1), 0, 1).astype(like.dtype)
-
-
-def _as_tiles(q: Dense, k: Dense, v: Dense, sinks: Dense | None, *offsets: Dense) -> tuple[Any, ...]:
-    kv_heads = k.shape[1]
-    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(kv_heads, -1)
-    return _by_heads(q, kv_heads), _by_heads(k, kv_heads)[:, 0], _by_heads(v, kv_heads)[:, 0], sink, *offsets
-
-
 def _tiles_forward(fixed: _Fixed, *given: Any) -> tuple[Dense, Dense]:
-    q = given[0]
-    o, lse = portable._attend(fixed.portable(), *_as_tiles(*given))
-    return _by_tokens(o, q), lse.reshape(q.shape[1], q.shape[0])
+    o, lse = portable._attend(fixed.portable(), *given)
+    return o, lse.T
 
 
 def _tiles_backward(fixed: _Fixed, *given: Any) -> tuple[Any, ...]:
     *arrays, o, lse, g, g_lse = given
-    q, k, v, sinks = arrays[:4]
-    kv_heads = k.shape[1]
-    of_heads = kv_heads, -1, q.shape[0]
-    kept = (*_as_tiles(*arrays), _by_heads(o, kv_heads), lse.reshape(of_heads))
-    grads = _by_heads(g, kv_heads), g_lse.reshape(of_heads)
-    dq, dk, dv, dsinks, *_ = portable._backward(fixed.portable(), kept, grads)
-    dsinks = None if sinks is None else dsinks.reshape(sinks.shape).astype(sinks.dtype)
-    return _by_tokens(dq, q), _by_tokens(dk, k), _by_tokens(dv, v), dsinks
+    return portable._backward(fixed.portable(), (*arrays, o, lse.T), (g, g_lse.T))[:4]

@@ -9,7 +9,8 @@ and in the backward, with the LSE kept and delta[i] = <g[i], o[i]>::
 
     p = exp(s - lse)   ds = p * (g v^T - delta + g_lse) * (1 - t**2)      dq += ds k   dk += ds^T q   dv += p^T g
 
-Tokens of a tile that belong to another row are zeros before any arithmetic, and what they give is 0.
+Tokens of a tile that belong to another row are zeros before any arithmetic, and what they give is 0. Nothing is copied
+into another layout as a whole: a tile is turned when it is read.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..._array import Array
 from .._rows import sides
 from ._tiles import Tile, at, longer, put, safe, tiles_of
 
-_TILE = 128  # tokens
+_TILE = 64  # tokens: XLA cuts the scores of more in two for its threads, and waits for both
 _INF = float("inf")
 _custom_vjp: Any = jax.custom_vjp  # whose types lose those of what it decorates
 
@@ -66,18 +67,10 @@ def _compute(
         nothing = jnp.sum(q) + jnp.sum(k) + jnp.sum(v)  # keeps a place for the gradient, which is 0
         o = jnp.zeros((*q.shape[:2], v.shape[2]), q.dtype) + 0 * nothing.astype(q.dtype)
         return o, jnp.zeros(q.shape[:2], jnp.float32)
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
     q_offsets, k_offsets = safe(q_offsets, q.shape[0]), safe(k_offsets, k.shape[0])
-    kv_heads = k.shape[1]
-    # (K, G, T, D) and (K, T, D): a tile of a head is one run of memory
-    by_heads = jnp.moveaxis(q.astype(dtype), 0, 1).reshape(kv_heads, -1, q.shape[0], q.shape[2])
-    keys, values = (jnp.moveaxis(x.astype(dtype), 0, 1) for x in (k, v))
-    sink = None if sinks is None else sinks.astype(dtype).reshape(kv_heads, -1)
-    o, lse = _attend(options, by_heads, keys, values, sink, q_offsets, k_offsets)
-    o = jnp.moveaxis(o.reshape(q.shape[1], q.shape[0], -1), 0, 1)
-    lse = jnp.moveaxis(lse.reshape(q.shape[1], q.shape[0]), 0, 1)
+    o, lse = _attend(options, q, k, v, sinks, q_offsets, k_offsets)
     used = jnp.arange(q.shape[0]) < q_offsets[-1]
-    return o.astype(q.dtype), jnp.where(used[:, None], lse, 0).astype(jnp.float32)
+    return o, jnp.where(used[:, None], lse, 0).astype(jnp.float32)
 
 
 def _dot(a: Dense, b: Dense, contract: tuple[int, int]) -> Dense:
@@ -130,17 +123,41 @@ def _seen(options: _Options, pair: _Pair, j: Dense) -> Dense:
     return seen
 
 
-def _queries(x: Dense, pair: _Pair) -> Dense:
-    """A tile of (K, G, T, ...) as (K, G * _TILE, ...), zeros beyond the row."""
-    part = at(x, 2, pair.tile.start, _TILE)
-    inside = _inside(pair.tile.number * _TILE, pair.n).reshape((1, 1, _TILE) + (1,) * (x.ndim - 3))
-    return jnp.where(inside, part, 0).reshape(x.shape[0], -1, *x.shape[3:])
+class _Tokens:
+    """Tokens (T, H, ..) of which tiles are read, as (K, H / K * tokens, ..) and float32 or wider, zeros beyond the row."""
+
+    def __init__(self, x: Dense, kv_heads: int) -> None:
+        self.x, self.kv_heads = x if len(x) >= _TILE else longer(x, 0, _TILE - len(x)), kv_heads
+        self.limit = len(self.x) - _TILE
+        self.end = longer(self.x[self.limit :], 0, _TILE)  # what a tile is read from that ends behind the last token
+
+    def tile(self, start: Dense, inside: Dense) -> Dense:
+        most = at(self.x, 0, jnp.minimum(start, self.limit), _TILE)
+        rest = at(self.end, 0, jnp.maximum(start - self.limit, 0), _TILE)
+        part = jnp.where(start > self.limit, rest, most)
+        part = jnp.where(inside.reshape(-1, *(1,) * (part.ndim - 1)), part, 0)
+        part = part.astype(jnp.promote_types(part.dtype, jnp.float32))
+        heads = jnp.moveaxis(part.reshape(_TILE, self.kv_heads, -1, *part.shape[2:]), 0, 2)
+        return heads.reshape(self.kv_heads, -1, *part.shape[2:])
+
+    def keys(self, pair: _Pair, j: Dense) -> Dense:
+        """The j-th tile of keys of the row of a pair."""
+        return self.tile(pair.k_start + j * _TILE, _inside(j * _TILE, pair.m))
 
 
-def _keys(x: Dense, pair: _Pair, j: Dense) -> Dense:
-    """The j-th tile of the row's (K, T, D), zeros beyond the row."""
-    part = at(x, 1, pair.k_start + j * _TILE, _TILE)
-    return jnp.where(_inside(j * _TILE, pair.m)[None, :, None], part, 0)
+def _written(x: Dense, start: Dense, part: Dense, inside: Dense) -> Dense:
+    """x (T, H, ..) with the tile (K, H / K * _TILE, ..) from `start` on, 0 where not inside of the row.
+
+    A tile that ends behind its row writes into the next one, whose own tile comes later.
+    """
+    heads = jnp.moveaxis(part.reshape(len(part), -1, _TILE, *part.shape[2:]), 2, 0)
+    rows = heads.reshape(_TILE, *x.shape[1:]).astype(x.dtype)
+    each = (-1, *(1,) * (x.ndim - 1))
+    rows = jnp.where(inside.reshape(each), rows, 0)
+    begin = jnp.minimum(start, len(x) - _TILE)
+    moved = at(jnp.concatenate([jnp.zeros_like(rows), rows]), 0, _TILE - (start - begin), _TILE)
+    before = (jnp.arange(_TILE) < start - begin).reshape(each)
+    return put(x, 0, begin, jnp.where(before, at(x, 0, begin, _TILE), moved))
 
 
 def _scores(options: _Options, q: Dense, k: Dense) -> tuple[Dense, Dense | None]:
@@ -157,46 +174,56 @@ def _each_head(seen: Dense, s: Dense) -> Dense:
     return jnp.tile(seen, (s.shape[1] // _TILE, 1))[None]
 
 
+def _logits(sinks: Dense, kv_heads: int, dtype: Any) -> Dense:
+    """(K, G * _TILE, 1): the sink of every query of a tile."""
+    return jnp.repeat(sinks.astype(dtype).reshape(kv_heads, -1), _TILE, axis=1)[..., None]
+
+
 @partial(_custom_vjp, nondiff_argnums=(0,))
 def _attend(
     options: _Options, q: Dense, k: Dense, v: Dense, sinks: Dense | None, q_offsets: Dense, k_offsets: Dense
 ) -> tuple[Dense, Dense]:
-    """o (K, G, T, D_v) and lse (K, G, T); 0 and -inf (or the sink) where a query sees no key."""
-    kv_heads, group, total, _ = q.shape
-    rows = group * _TILE
+    """o (T, H, D_v) and lse (T, H); 0 and -inf (or the sink) where a query sees no key."""
+    total, heads, _ = q.shape
+    kv_heads, rows = k.shape[1], heads // k.shape[1] * _TILE
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
     tiles = tiles_of(q_offsets, _TILE)
-    q, k, v = longer(q, 2, _TILE), longer(k, 1, _TILE), longer(v, 1, _TILE)
+    queries, keys, values = (_Tokens(x, kv_heads) for x in (q, k, v))
 
     def of_queries(i: Dense, done: tuple[Dense, Dense]) -> tuple[Dense, Dense]:
         pair = _pair(options, tiles.tile(i), q_offsets, k_offsets)
-        mine = _queries(q, pair)
+        inside = _inside(pair.tile.number * _TILE, pair.n)
+        mine = queries.tile(pair.tile.start, inside)
 
         def of_keys(j: Dense, state: tuple[Dense, Dense, Dense]) -> tuple[Dense, Dense, Dense]:
             o, top, l = state
-            s, _ = _scores(options, mine, _keys(k, pair, j))
+            s, _ = _scores(options, mine, keys.keys(pair, j))
             s = jnp.where(_each_head(_seen(options, pair, j), s), s, -_INF)
             higher = jnp.maximum(top, s.max(-1, keepdims=True))
             finite = jnp.where(higher == -_INF, 0, higher)
             p, shrink = jnp.exp(s - finite), jnp.exp(top - finite)
-            return o * shrink + _dot(p, _keys(v, pair, j), (2, 1)), higher, l * shrink + p.sum(-1, keepdims=True)
+            o = o * shrink + _dot(p, values.keys(pair, j), (2, 1))
+            return o, higher, l * shrink + p.sum(-1, keepdims=True)
 
-        o = jnp.zeros((kv_heads, rows, v.shape[2]), q.dtype)
-        top, l = jnp.full((kv_heads, rows, 1), -_INF, q.dtype), jnp.zeros((kv_heads, rows, 1), q.dtype)
+        o = jnp.zeros((kv_heads, rows, v.shape[2]), dtype)
+        top, l = jnp.full((kv_heads, rows, 1), -_INF, dtype), jnp.zeros((kv_heads, rows, 1), dtype)
         o, top, l = lax.fori_loop(pair.first, pair.last, of_keys, (o, top, l))
         none = l == 0
         o = o / jnp.where(none, 1, l)
         lse = jnp.where(none, -_INF, jnp.log(jnp.where(none, 1, l)) + jnp.where(none, 0, top))
-        o, lse = o.reshape(kv_heads, group, _TILE, -1), lse.reshape(kv_heads, group, _TILE)
         if sinks is not None:
-            both = jnp.logaddexp(lse, sinks[..., None])
-            o, lse = o * jnp.exp(lse - both)[..., None], both
-        return put(done[0], 2, pair.tile.start, o), put(done[1], 2, pair.tile.start, lse)
+            both = jnp.logaddexp(lse, _logits(sinks, kv_heads, dtype))
+            o, lse = o * jnp.exp(lse - both), both
+        out, all_lse = done
+        return (
+            _written(out, pair.tile.start, o, inside),
+            _written(all_lse, pair.tile.start, lse[..., 0], inside),
+        )
 
-    # A tile that ends behind its row writes into the next one, whose own tile comes later.
-    o = jnp.zeros((kv_heads, group, total + _TILE, v.shape[2]), q.dtype)
-    lse = jnp.full((kv_heads, group, total + _TILE), -_INF, q.dtype)
-    o, lse = lax.fori_loop(jnp.zeros_like(tiles.all()), tiles.all(), of_queries, (o, lse))
-    return o[:, :, :total], lse[:, :, :total]
+    room = max(total, _TILE)
+    done = jnp.zeros((room, heads, v.shape[2]), q.dtype), jnp.zeros((room, heads), dtype)
+    o, lse = lax.fori_loop(jnp.zeros_like(tiles.all()), tiles.all(), of_queries, done)
+    return o[:total], lse[:total]
 
 
 def _forward(options: _Options, *given: Dense) -> tuple[tuple[Dense, Dense], tuple[Any, ...]]:
@@ -207,48 +234,55 @@ def _forward(options: _Options, *given: Dense) -> tuple[tuple[Dense, Dense], tup
 def _backward(options: _Options, kept: tuple[Any, ...], grads: tuple[Dense, Dense]) -> tuple[Any, ...]:
     q, k, v, sinks, q_offsets, k_offsets, o, lse = kept
     grad_o, grad_lse = grads
-    kv_heads, group, total, dim = q.shape
+    total, heads, dim = q.shape
+    kv_heads, rows = k.shape[1], heads // k.shape[1] * _TILE
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
     tiles = tiles_of(q_offsets, _TILE)
     lse = jnp.where(lse == -_INF, 0, lse)
-    q, o, grad_o, lse, grad_lse = (longer(x, 2, _TILE) for x in (q, o, grad_o, lse, grad_lse))
-    k, v = longer(k, 1, _TILE), longer(v, 1, _TILE)
+    queries, of_o, of_lse, of_grad, of_grad_lse = (_Tokens(x, kv_heads) for x in (q, o, lse, grad_o, grad_lse))
+    keys, values = _Tokens(k, kv_heads), _Tokens(v, kv_heads)
 
     def of_queries(i: Dense, done: tuple[Dense, ...]) -> tuple[Dense, ...]:
         pair = _pair(options, tiles.tile(i), q_offsets, k_offsets)
-        mine, g = _queries(q, pair), _queries(grad_o, pair)
-        top = _queries(lse, pair)[..., None]
-        pull = _queries(grad_lse, pair)[..., None] - (g * _queries(o, pair)).sum(-1, keepdims=True)
+        inside = _inside(pair.tile.number * _TILE, pair.n)
+        mine, g, out = (x.tile(pair.tile.start, inside) for x in (queries, of_grad, of_o))
+        top, pull = (x.tile(pair.tile.start, inside)[..., None] for x in (of_lse, of_grad_lse))
+        pull = pull - (g * out).sum(-1, keepdims=True)
 
         def of_keys(j: Dense, state: tuple[Dense, Dense, Dense]) -> tuple[Dense, Dense, Dense]:
             dq, dk, dv = state
-            key, value = _keys(k, pair, j), _keys(v, pair, j)
+            key, value = keys.keys(pair, j), values.keys(pair, j)
             s, t = _scores(options, mine, key)
             p = jnp.where(_each_head(_seen(options, pair, j), s), jnp.exp(s - top), 0)
             ds = p * (_dot(g, value, (2, 2)) + pull) * options.scale
             if t is not None:
                 ds = ds * (1 - t * t)
-            start = pair.k_start + j * _TILE
-            # What follows the row in this tile is of another one, and 0 * NaN is no 0.
-            inside = _inside(j * _TILE, pair.m)[None, :, None]
-            dk = put(dk, 1, start, at(dk, 1, start, _TILE) + jnp.where(inside, _dot(ds, mine, (1, 1)), 0))
-            dv = put(dv, 1, start, at(dv, 1, start, _TILE) + jnp.where(inside, _dot(p, g, (1, 1)), 0))
+
+            def added(x: Dense, part: Dense) -> Dense:
+                begin = pair.k_start + j * _TILE
+                # What follows the row in this tile is of another one, and 0 * NaN is no 0.
+                part = jnp.where(_inside(j * _TILE, pair.m)[:, None, None], jnp.moveaxis(part, 0, 1), 0)
+                return put(x, 0, begin, at(x, 0, begin, _TILE) + part)
+
+            dk, dv = added(dk, _dot(ds, mine, (1, 1))), added(dv, _dot(p, g, (1, 1)))
             return dq + _dot(ds, key, (2, 1)), dk, dv
 
-        dq = jnp.zeros((kv_heads, group * _TILE, dim), q.dtype)
+        dq = jnp.zeros((kv_heads, rows, dim), dtype)
         dq, dk, dv = lax.fori_loop(pair.first, pair.last, of_keys, (dq, done[1], done[2]))
-        dq = put(done[0], 2, pair.tile.start, dq.reshape(kv_heads, group, _TILE, dim))
+        dq = _written(done[0], pair.tile.start, dq, inside)
         if sinks is None:
             return dq, dk, dv
-        weight = jnp.exp(sinks[..., None] - top.reshape(kv_heads, group, _TILE))
-        inside = _inside(pair.tile.number * _TILE, pair.n)
-        each = jnp.where(inside, weight * pull.reshape(kv_heads, group, _TILE), 0)
+        each = jnp.exp(_logits(sinks, kv_heads, dtype) - top) * pull
+        each = jnp.where(inside, each.reshape(heads, _TILE), 0)
         return dq, dk, dv, done[3] + each.sum(-1)
 
-    zeros = tuple(jnp.zeros_like(x) for x in (q, k, v, sinks) if x is not None)
-    done = lax.fori_loop(jnp.zeros_like(tiles.all()), tiles.all(), of_queries, zeros)
-    dsinks = None if sinks is None else done[3]
-    dq, dk, dv = done[0][:, :, :total], done[1][:, : kept[1].shape[1]], done[2][:, : kept[2].shape[1]]
-    return dq, dk, dv, dsinks, None, None
+    of_sinks = () if sinks is None else (jnp.zeros((heads,), dtype),)
+    of_keys = (jnp.zeros((len(x) + _TILE, *x.shape[1:]), dtype) for x in (k, v))
+    zeros = (jnp.zeros((max(total, _TILE), *q.shape[1:]), q.dtype), *of_keys, *of_sinks)
+    dq, dk, dv, *of_sinks = lax.fori_loop(jnp.zeros_like(tiles.all()), tiles.all(), of_queries, zeros)
+    dsinks = None if sinks is None else of_sinks[0].astype(sinks.dtype)
+    dk, dv = (x[: len(k)].astype(like.dtype) for x, like in ((dk, k), (dv, v)))
+    return dq[:total], dk, dv, dsinks, None, None
 
 
 _attend.defvjp(_forward, _backward)
