@@ -1,7 +1,7 @@
 """The ops on JAX with traced offsets and static shapes: one program for all raggedness of a shape, on any device.
 
 Every row is computed in tiles of a fixed size that begin where the row begins, so that its bits do not depend on where
-in the batch it stands. The norms are not here: XLA rounds one token in another way for another number of tokens.
+in the batch it stands; and the norms in blocks of tokens, as XLA rounds one token in another way for another number of them.
 """
 
 from __future__ import annotations
