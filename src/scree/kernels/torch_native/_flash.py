@@ -112,9 +112,10 @@ def _mask(span: Span | None, n: int, m: int, limits: _Limits, dtype: torch.dtype
 def _cut_from(shape: _Shape) -> int:
     """The fewest tokens of a causal row that is cut: a span is work for few threads, as many as there are heads at least."""
     heads = shape.kv_heads * shape.group
-    if torch.get_num_threads() > heads:
+    threads = torch.get_num_threads()
+    if threads > heads:
         return _SPLIT_MAX + 1
-    return max(_SPLIT_MIN, -(-_SPLIT_SIZE // max(heads * shape.width, 1)))
+    return max(_SPLIT_MIN, -(-_SPLIT_SIZE * threads // max(heads * shape.width, 1)))
 
 
 def _pieces(ns: list[int], ms: list[int], limits: _Limits, shape: _Shape) -> Iterator[_Piece]:
@@ -254,9 +255,9 @@ def backward(
             dks[row], dvs[row] = y, z
             continue
         for sums, part in ((dks, y), (dvs, z)):
-            if sums[row] is None:
-                sums[row] = shape.filled(ms[row], 0, lse)
-            sums[row].narrow(2, low, high - low).add_(part)
+            total = shape.filled(ms[row], 0, lse) if (known := sums[row]) is None else known
+            total.narrow(2, low, high - low).add_(part)
+            sums[row] = total
     _join(dqs[::-1], dq, used)
     for sums, out in ((dks, dk), (dvs, dv)):
         parts = (shape.filled(m, 0, lse) if x is None else x for x, m in zip(sums, ms, strict=True))
