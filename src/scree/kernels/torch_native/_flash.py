@@ -57,10 +57,15 @@ class _Shape(NamedTuple):
         return x if x.shape[1] == self.group else x.expand(-1, self.group, *x.shape[2:])
 
     def ready(self, x: Tensor, used: int, *, copy: bool = False) -> Tensor:
-        """The used tokens of x (T, heads, D) by heads, aligned, and with zeros beyond their features."""
+        """The used tokens of x (T, heads, D) by heads, aligned, and with zeros beyond their features.
+
+        Those of a narrow dtype may be as they are: `widened` row by row, they are in the cache when they are read.
+        """
         dtype = wide(x.dtype)
         if used < len(x):
             x = x[:used]
+        if x.dtype != dtype and self.group == 1 and x.shape[2] == self.width and x.is_contiguous() and not copy:
+            return self.by_heads(x)
         dense = x.dtype == dtype and x.shape[2] == self.width and x.is_contiguous() and x.data_ptr() % _LINE == 0
         if copy or not dense:
             wider = empty((*x.shape[:2], self.width), dtype, x.device)
@@ -73,6 +78,14 @@ class _Shape(NamedTuple):
         """(1, H, tokens, width) of one value, as the kernel would have given it."""
         outer, heads = (1, self.kv_heads) if self.group == 1 else (self.kv_heads, self.group)
         return like.new_full((outer, tokens, heads, self.width), value).transpose(1, 2)
+
+
+def _widened(rows: list[Tensor], row: int, dtype: torch.dtype) -> Tensor:
+    """A row in the dtype to compute in, in which the list keeps it."""
+    x = rows[row]
+    if x.dtype != dtype:
+        x = rows[row] = x.to(dtype)
+    return x
 
 
 class _Piece(NamedTuple):
@@ -155,13 +168,14 @@ def forward(
     scale: float,
     limits: _Limits,
     with_lse: bool = True,
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """o (T, H, D_v) and lse (T, H): 0 and -inf where a query sees no key; zeros beyond the last row.
 
-    Without `with_lse` lse is of no size.
+    Without `with_lse` lse is of no size. With `rounded` o is in the dtype of q, and in the wide dtype otherwise.
     """
     dtype, (total, heads, dim), (_, kv_heads, v_dim) = wide(q.dtype), q.shape, v.shape
-    o = empty((total, heads, v_dim), dtype, q.device)
+    o = empty((total, heads, v_dim), q.dtype if rounded else dtype, q.device)
     lse = empty((total if with_lse else 0, heads), dtype, q.device)
     ns, ms = _lengths(q_offsets, k_offsets)
     used, used_k = int(q_offsets[-1]), int(k_offsets[-1])
@@ -169,19 +183,21 @@ def forward(
     pieces = list(_pieces(ns, ms, limits, shape))
     # All views at once: one by one they would take longer than what a short row has to be computed.
     qs = shape.ready(q, used).split_with_sizes([piece.queries for piece in pieces], 2)
-    ks, vs = (shape.ready(x, used_k).split_with_sizes(ms, 2) for x in (k, v))
+    ks, vs = (list(shape.ready(x, used_k).split_with_sizes(ms, 2)) for x in (k, v))
     ys: list[Tensor] = []
     zs: list[Tensor] = []
     for (queries, row, low, high, span), x in zip(pieces, qs, strict=True):
         if low == high:
-            y = shape.filled(queries, 0, x)
-            z = shape.filled(queries, -_INF, x)[..., 0]
-        elif span is None and high == ms[row]:
-            y, z = _fwd(x, ks[row], vs[row], 0.0, True, scale=scale)
+            y = shape.filled(queries, 0, lse)
+            z = shape.filled(queries, -_INF, lse)[..., 0]
         else:
-            keys = (given[row].narrow(2, low, high - low) for given in (ks, vs))
+            if x.dtype != dtype:
+                x = x.to(dtype)
+            kr, vr = _widened(ks, row, dtype), _widened(vs, row, dtype)
+            if high - low < ms[row]:
+                kr, vr = kr.narrow(2, low, high - low), vr.narrow(2, low, high - low)
             mask = _mask(span, ns[row], ms[row], limits, dtype)
-            y, z = _fwd(x, *keys, 0.0, span is None, attn_mask=mask, scale=scale)
+            y, z = _fwd(x, kr, vr, 0.0, span is None, attn_mask=mask, scale=scale)
         ys.append(y.transpose(1, 2))  # the kernel leaves them token by token
         if with_lse:
             zs.append(z.transpose(1, 2))
@@ -236,7 +252,7 @@ def backward(
         v[:, : 1 if shape.group > 1 else heads, :, v_dim] = 1  # the memory of every head of the group
     of_queries = (g, shape.ready(q, used), shape.ready(o, used), shape.by_heads(lse[:used]))
     gs, qs, os, ls = (x.split_with_sizes(queries, 2) for x in of_queries)
-    ks, vs = (x.split_with_sizes(ms, 2) for x in (shape.ready(k, used_k), v))
+    ks, vs = (list(x.split_with_sizes(ms, 2)) for x in (shape.ready(k, used_k), v))
     dqs: list[Tensor] = []
     dks: list[Tensor | None] = [None] * len(ms)
     dvs: list[Tensor | None] = [None] * len(ms)
@@ -245,10 +261,12 @@ def backward(
         if low == high:
             dqs.append(shape.filled(n, 0, lse).transpose(1, 2))
             continue
-        kr, vr, whole = ks[row], vs[row], low == 0 and high == ms[row]
+        kr, vr = _widened(ks, row, lse.dtype), _widened(vs, row, lse.dtype)
+        whole = low == 0 and high == ms[row]
         if not whole:
             kr, vr = kr.narrow(2, low, high - low), vr.narrow(2, low, high - low)
         mask = _mask(span, ns[row], ms[row], limits, lse.dtype)
+        gp, qp = gp.to(lse.dtype), qp.to(lse.dtype)
         x, y, z = _bwd(gp, qp, kr, vr, op, lp, 0.0, span is None, attn_mask=mask, scale=scale)
         dqs.append(x.transpose(1, 2))
         if dks[row] is None and whole:

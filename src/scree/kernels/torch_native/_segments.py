@@ -27,16 +27,19 @@ def _each(
     tokens: tuple[Tensor, ...],
     values: tuple[Tensor, ...] = (),
     alone: Callable[..., Any] | None = None,
+    *,
+    alone_in_halves: bool = False,
 ) -> Tensor:
     """Apply fn to a group of rows, their tokens (T, F) and their values (B, F): (T, F), zeros beyond the last row.
 
-    ``alone(out, *given)`` may compute long rows, (n, F) and (F,) in the wide dtype, where out is of it.
+    ``alone(out, *given)`` may compute long rows, (n, F) and (F,): in the wide dtype, where out is of it, or all as they are
+    in halves if it computes in float32 by itself.
     """
     x, bounds, inner = tokens[0], host(offsets), wide(tokens[0].dtype)
     out = empty(tuple(x.shape), dtype, x.device)
     used = int(bounds[-1])
     out[used:] = 0
-    if dtype != inner:
+    if dtype != inner and not alone_in_halves:
         alone = None
     if alone is not None and (numbers := long_rows(bounds, x.shape[1])):
         # All views at once: one by one they take longer than what is done with a short row.
@@ -44,7 +47,7 @@ def _each(
         rows_of = [y[:used].split(lengths) for y in (out, *tokens)] + [v.unbind() for v in values]
         for row in numbers:
             given = [views[row] for views in rows_of]
-            alone(*given if x.dtype == inner else (y.to(inner) for y in given))
+            alone(*given if x.dtype == dtype else (y.to(inner) for y in given))
     for part in parts(bounds, x, short=alone is not None):
         given = [part.of_tokens(y, inner) for y in tokens] + [part.of_rows(v, inner) for v in values]
         part.write_tokens(out, fn(part.group, *given))
@@ -88,6 +91,7 @@ softmax = Operator(
     "varlen_softmax",
     "(Tensor x, Tensor offsets) -> Tensor",
     lambda x, offsets: _each(offsets, _softmax, wide(x.dtype), (x,), alone=_softmax_alone),
+    plain=lambda x, offsets: _each(offsets, _softmax, x.dtype, (x,), alone=_softmax_alone, alone_in_halves=True),
     keep=_keep_softmax,
     backward=lambda ctx, grad: (softmax_bwd(grad, *ctx.saved_tensors), None),
 )
@@ -155,8 +159,11 @@ def _of_nothing(op: str, dtype: torch.dtype) -> float | int | bool:
 
 def _reduce(x: Tensor, offsets: Tensor, op: str) -> Tensor:
     bounds = host(offsets)
-    if x.device.type == "cpu" and x.is_floating_point() and op != "logsumexp":
-        return _REDUCE[op](Together(bounds), x[: int(bounds[-1])]).to(x.dtype)
+    halves = x.is_floating_point() and x.dtype != wide(x.dtype)
+    at_once = ("sum", "max", "min") if halves else ("sum", "mean", "max", "min")
+    if x.device.type == "cpu" and x.is_floating_point() and op in at_once:
+        rows, used = Together(bounds), x[: int(bounds[-1])]
+        return rows.sum_of_halves(used) if halves and op == "sum" else _REDUCE[op](rows, used)
     out = x.new_full((len(bounds) - 1, x.shape[1]), _of_nothing(op, x.dtype))
     dtype = wide(x.dtype) if x.is_floating_point() else x.dtype
     for part in parts(bounds, x):
