@@ -165,6 +165,16 @@ def test_rows_of_any_lengths_are_added_up_in_float32(th, dtype, features):
     assert th.module.equal(total, want)
 
 
+@pytest.mark.parametrize("op", ["max", "min"])
+def test_extremes_without_the_library_that_sorts(th, op, monkeypatch):
+    a = batch(th, (3, 0, 130, 1), (20,))
+    want = th.to_np(kernels.varlen_reduce(a, op, implementation=NAME))
+    monkeypatch.setattr(type(th.module.backends.quantized), "supported_engines", ())
+    assert_same_bits(th.to_np(kernels.varlen_reduce(a, op, implementation=NAME)), want)
+    nothing = a[:0]
+    assert tuple(kernels.varlen_reduce(nothing, op, implementation=NAME).shape) == (0, 20)
+
+
 def test_no_python_loop_over_short_rows(th, monkeypatch):
     """The calls into PyTorch are as many for a thousand rows as for ten."""
     from torch.utils._python_dispatch import TorchDispatchMode

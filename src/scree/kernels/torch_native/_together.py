@@ -98,15 +98,23 @@ class Together:
 
     def extreme(self, x: Tensor, op: str) -> Tensor:
         """Find it in the dtype of x."""
+        if x.shape[1] < _FEW:
+            return self._extreme_of_few(x, op)
         worst = -_INF if op == "amax" else _INF
-        out = x.new_full((len(self.lengths), x.shape[1]), worst)
-        if x.shape[1] >= _FEW:
+        if "fbgemm" in torch.backends.quantized.supported_engines:  # what sorts the rows; without, it goes by elements
+            out = x.new_full((len(self.lengths), x.shape[1]), worst)
             return out.scatter_reduce_(0, self.rows[:, None].expand(-1, x.shape[1]), x, op)
+        extreme, nothing = getattr(torch, op), x.new_full((x.shape[1],), worst)
+        found = [extreme(row, 0) if len(row) else nothing for row in x.split(self.lengths.tolist())]
+        return torch.stack(found) if found else x.new_empty((0, x.shape[1]))
+
+    def _extreme_of_few(self, x: Tensor, op: str) -> Tensor:
+        out = x.new_full((len(self.lengths), x.shape[1]), -_INF if op == "amax" else _INF)
         filled = np.flatnonzero(self.lengths)
         if len(filled):
-            least = np.maximum if op == "amax" else np.minimum
+            pick = np.maximum if op == "amax" else np.minimum
             turned = x.to(wide(x.dtype)).t().contiguous().numpy()
-            found = least.reduceat(turned, self.bounds[filled], axis=1)
+            found = pick.reduceat(turned, self.bounds[filled], axis=1)
             out[torch.from_numpy(filled)] = torch.from_numpy(found).t().to(x.dtype)
         return out
 
