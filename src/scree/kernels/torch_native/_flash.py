@@ -28,6 +28,7 @@ _LINE = 64  # bytes
 _QUERIES = 512  # of a span with a mask, whose memory is this times the keys
 _SPLIT = 64  # queries of a span of a causal row
 _SPLIT_MIN, _SPLIT_MAX, _SPLIT_SIZE = 128, 1024, 1 << 15  # tokens, and least elements, of a row that is cut into spans
+_LARGE = 1 << 20  # elements
 _INF = float("inf")
 
 # Quicker to call than the same in torch.ops, and than what wraps it there.
@@ -184,8 +185,7 @@ def forward(
     # All views at once: one by one they would take longer than what a short row has to be computed.
     qs = shape.ready(q, used).split_with_sizes([piece.queries for piece in pieces], 2)
     ks, vs = (list(shape.ready(x, used_k).split_with_sizes(ms, 2)) for x in (k, v))
-    ys: list[Tensor] = []
-    zs: list[Tensor] = []
+    ys, zs = _Joined(o, used), _Joined(lse, min(used, len(lse)))
     for (queries, row, low, high, span), x in zip(pieces, qs, strict=True):
         if low == high:
             y = shape.filled(queries, 0, lse)
@@ -198,26 +198,50 @@ def forward(
                 kr, vr = kr.narrow(2, low, high - low), vr.narrow(2, low, high - low)
             mask = _mask(span, ns[row], ms[row], limits, dtype)
             y, z = _fwd(x, kr, vr, 0.0, span is None, attn_mask=mask, scale=scale)
-        ys.append(y.transpose(1, 2))  # the kernel leaves them token by token
+        ys.add(y)
         if with_lse:
-            zs.append(z.transpose(1, 2))
-    _join(ys, o, used)
-    if with_lse:
-        _join(zs, lse, used)
+            zs.add(z)
+    ys.finish()
+    zs.finish()
     return o, lse
 
 
-def _join(parts: list[Tensor], out: Tensor, used: int) -> None:
-    """Write parts (1, n, H, ...) or (K, n, H / K, ...), in order, to the used tokens of out (T, heads, ...), and 0 beyond."""
-    if used < len(out):
-        out[used:] = 0
-        out = out[:used]
-    if not parts:
-        return
-    if out.ndim == 3 and parts[0].shape[3] > out.shape[2]:
-        parts = [x[..., : out.shape[2]] for x in parts]
-    kinds = parts[0].shape[0]
-    torch.cat(parts, 1, out=out.unsqueeze(0) if kinds == 1 else out.unflatten(1, (kinds, -1)).transpose(0, 1))
+class _Joined:
+    """What is computed for the used tokens of out (T, heads, ...), part by part and in order; 0 beyond.
+
+    Parts of a large tensor are written at once: their memory serves those that come after, and is in the cache.
+    """
+
+    def __init__(self, out: Tensor, used: int) -> None:
+        if used < len(out):
+            out[used:] = 0
+            out = out[:used]
+        self.out, self.done, self.at_once = out, 0, out.numel() > _LARGE
+        self.parts: list[Tensor] = []
+
+    def add(self, part: Tensor) -> None:
+        """Take (1, H, n, ...) or (K, H / K, n, ...), with as many features as out, or more."""
+        part = part.transpose(1, 2)  # as the kernel leaves it in memory: token by token
+        if self.at_once:
+            self._of(part).narrow(1, self.done, part.shape[1]).copy_(self._cut(part))
+            self.done += part.shape[1]
+        else:
+            self.parts.append(part)
+
+    def finish(self) -> None:
+        """Write what was not written at once."""
+        if self.parts:
+            parts = self.parts if self._cut(self.parts[0]) is self.parts[0] else [self._cut(x) for x in self.parts]
+            torch.cat(parts, 1, out=self._of(self.parts[0]))
+
+    def _cut(self, part: Tensor) -> Tensor:
+        more = part.ndim == 4 and part.shape[3] > self.out.shape[2]
+        return part[..., : self.out.shape[2]] if more else part
+
+    def _of(self, part: Tensor) -> Tensor:
+        if part.shape[0] == 1:
+            return self.out.unsqueeze(0)
+        return self.out.unflatten(1, (part.shape[0], -1)).transpose(0, 1)
 
 
 def backward(
@@ -253,41 +277,52 @@ def backward(
     of_queries = (g, shape.ready(q, used), shape.ready(o, used), shape.by_heads(lse[:used]))
     gs, qs, os, ls = (x.split_with_sizes(queries, 2) for x in of_queries)
     ks, vs = (list(x.split_with_sizes(ms, 2)) for x in (shape.ready(k, used_k), v))
-    dqs: list[Tensor] = []
-    dks: list[Tensor | None] = [None] * len(ms)
-    dvs: list[Tensor | None] = [None] * len(ms)
-    given = zip(pieces, gs, qs, os, ls, strict=True)
-    for (n, row, low, high, span), gp, qp, op, lp in reversed(list(given)):  # the last sees all keys that others do
-        if low == high:
-            dqs.append(shape.filled(n, 0, lse).transpose(1, 2))
-            continue
-        kr, vr = _widened(ks, row, lse.dtype), _widened(vs, row, lse.dtype)
-        whole = low == 0 and high == ms[row]
-        if not whole:
-            kr, vr = kr.narrow(2, low, high - low), vr.narrow(2, low, high - low)
-        mask = _mask(span, ns[row], ms[row], limits, lse.dtype)
-        gp, qp = gp.to(lse.dtype), qp.to(lse.dtype)
-        x, y, z = _bwd(gp, qp, kr, vr, op, lp, 0.0, span is None, attn_mask=mask, scale=scale)
-        dqs.append(x.transpose(1, 2))
-        if dks[row] is None and whole:
-            dks[row], dvs[row] = y, z
-            continue
-        for sums, part in ((dks, y), (dvs, z)):
-            total = shape.filled(ms[row], 0, lse) if (known := sums[row]) is None else known
-            total.narrow(2, low, high - low).add_(part)
-            sums[row] = total
-    _join(dqs[::-1], dq, used)
-    for sums, out in ((dks, dk), (dvs, dv)):
-        parts = (shape.filled(m, 0, lse) if x is None else x for x, m in zip(sums, ms, strict=True))
-        _join([_summed(x, shape.group) for x in parts], out, used_k)
+    given = list(zip(pieces, gs, qs, os, ls, strict=True))
+    dqs, dks, dvs = _Joined(dq, used), _Joined(dk, used_k), _Joined(dv, used_k)
+    begin = 0
+    for row, m in enumerate(ms):
+        end = begin
+        while end < len(pieces) and pieces[end].row == row:
+            end += 1
+        mine: list[Tensor] = []
+        dkr, dvr = None, None
+        for (n, _, low, high, span), gp, qp, op, lp in reversed(
+            given[begin:end]
+        ):  # the last sees what any of them does
+            if low == high:
+                mine.append(shape.filled(n, 0, lse))
+                continue
+            kr, vr = _widened(ks, row, lse.dtype), _widened(vs, row, lse.dtype)
+            whole = low == 0 and high == m
+            if not whole:
+                kr, vr = kr.narrow(2, low, high - low), vr.narrow(2, low, high - low)
+            mask = _mask(span, ns[row], m, limits, lse.dtype)
+            gp, qp = gp.to(lse.dtype), qp.to(lse.dtype)
+            x, y, z = _bwd(gp, qp, kr, vr, op, lp, 0.0, span is None, attn_mask=mask, scale=scale)
+            mine.append(x)
+            if whole and dkr is None:
+                dkr, dvr = y, z
+                continue
+            if dkr is None or dvr is None:
+                dkr, dvr = shape.filled(m, 0, lse), shape.filled(m, 0, lse)
+            dkr.narrow(2, low, high - low).add_(y)
+            dvr.narrow(2, low, high - low).add_(z)
+        begin = end
+        for x in reversed(mine):
+            dqs.add(x)
+        for sums, total in ((dks, dkr), (dvs, dvr)):
+            if m:
+                sums.add(_summed(shape.filled(m, 0, lse) if total is None else total, shape.group))
+    for sums in (dqs, dks, dvs):
+        sums.finish()
     return dq, dk, dv
 
 
 def _summed(x: Tensor, group: int) -> Tensor:
-    """(1, K, m, D), or (K, G, m, D), to (1, m, K, D), added up over the group in order."""
+    """(K, G, m, D) to (1, K, m, D), added up over the group in order."""
     if group == 1:
-        return x.transpose(1, 2)
+        return x
     total = x[:, 0]
     for head in range(1, group):
         total = total + x[:, head]
-    return total.transpose(0, 1).unsqueeze(0)
+    return total.unsqueeze(0)
