@@ -56,6 +56,20 @@ def test_attention_of_a_row_alone_at_many_sizes(lengths, heads, kv_heads, dim, o
         assert_same_bits(lse_alone.values, lse[i])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's own, of the NaN
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("n", [5, 100])
+def test_a_key_that_is_hidden_does_not_count_whatever_it_is(n, bad):
+    q, k, v = (arr_of((n,), (2, 8), seed) for seed in range(3))
+    broken = k.values.copy()
+    broken[-1, 0] = bad
+    want = kernels.varlen_attention(q, k, v, causal=True, implementation=NAME).values
+    got = kernels.varlen_attention(q, k.with_values(broken), v, causal=True, implementation=NAME).values
+    assert_same_bits(got[:-1], want[:-1])
+    assert_same_bits(got[-1, 1], want[-1, 1])
+    assert np.isnan(got[-1, 0]).all()
+
+
 @pytest.mark.parametrize("features", [(), (64,)], ids=str)
 def test_a_long_sum_is_no_long_row_of_additions(features):
     a = arr_of((200_000,), features).map(lambda x: np.abs(x) + 1)

@@ -149,6 +149,58 @@ def test_a_long_column_alone(th, op):
     rows_alone(th, (40_000, 3, 40_000), (1,), lambda a: kernels.varlen_reduce(a, op, implementation=NAME))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("features", [(1,), (5,), (33,), (300,)], ids=str)
+def test_rows_of_any_lengths_are_added_up_in_float32(th, dtype, features):
+    # Of ones, sums in the dtype itself would stop at 256 or 2048.
+    lengths = (2608, 0, 1, 129, 0, 5120)
+    a = batch(th, lengths, features, "float32")
+    ones = a.with_values(th.module.ones_like(a.values)).astype(dtype)
+    mean = th.to_np(kernels.varlen_reduce(ones, "mean", implementation=NAME).float())
+    filled = np.array(lengths) > 0
+    assert (mean[filled] == 1).all()
+    assert np.isnan(mean[~filled]).all()
+    total = kernels.varlen_reduce(ones, "sum", implementation=NAME)
+    want = th.module.tensor(lengths, dtype=total.dtype)[:, None].expand_as(total)
+    assert th.module.equal(total, want)
+
+
+@pytest.mark.parametrize("op", ["max", "min"])
+def test_extremes_without_the_library_that_sorts(th, op, monkeypatch):
+    a = batch(th, (3, 0, 130, 1), (20,))
+    want = th.to_np(kernels.varlen_reduce(a, op, implementation=NAME))
+    monkeypatch.setattr(type(th.module.backends.quantized), "supported_engines", ())
+    assert_same_bits(th.to_np(kernels.varlen_reduce(a, op, implementation=NAME)), want)
+    nothing = a[:0]
+    assert tuple(kernels.varlen_reduce(nothing, op, implementation=NAME).shape) == (0, 20)
+
+
+def test_no_python_loop_over_short_rows(th, monkeypatch):
+    """The calls into PyTorch are as many for a thousand rows as for ten."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from scree._backends import torch as backend
+    from scree.kernels.torch_native import _common
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    def calls(rows, name):
+        a = batch(th, [1 + i % 17 for i in range(rows)], (3,))
+        with Count() as count:
+            CALLS[name](a)
+        return count.calls
+
+    monkeypatch.setattr(_common, "is_traced", lambda *x: False)
+    monkeypatch.setattr(backend, "is_recorded", lambda: False)
+    for name in ("softmax", "reduce"):
+        assert calls(1000, name) == calls(10, name)
+
+
 def test_a_window_needs_no_square_of_memory(th):
     torch = th.module
     a = batch(th, (6000,), (1, 8))

@@ -78,8 +78,12 @@ def _step(fn: Callable[..., Any], given: list[Any], grad: Any) -> Any:
     return torch.autograd.grad(fn(*leaves), leaves, grad)
 
 
+def _tensor(x: Any, work: Heads | Tokens) -> Any:
+    return torch.tensor(x, dtype=getattr(torch, work.dtype))
+
+
 def _attention(work: Heads, *, new: bool = False, step: bool = False, flex: bool = False) -> Contenders:
-    given, grad = [torch.tensor(x) for x in (work.q, work.k, work.v)], torch.tensor(work.grad)
+    given, grad = [_tensor(x, work) for x in (work.q, work.k, work.v)], _tensor(work.grad, work)
     lengths = work.others if new else [work.lengths]
     offsets = work.other_offsets if new else [work.offsets]
     calls: dict[str, _Call] = {"scree": _ours, "SDPA a sequence": _by_rows}
@@ -113,7 +117,7 @@ def _rope(x: Any, cos: Any, sin: Any, places: Any) -> Any:
 
 def _forward(work: Tokens) -> dict[str, dict[str, Callable[[Any], Any]]]:
     offsets, n = torch.from_numpy(work.offsets), work.lengths
-    w, b, cos, sin = (torch.tensor(x) for x in (work.weight, work.bias, work.cos, work.sin))
+    w, b, cos, sin = (_tensor(x, work) for x in (work.weight, work.bias, work.cos, work.sin))
     long = offsets.long()
 
     def arr(x: Any) -> Any:
@@ -122,7 +126,7 @@ def _forward(work: Tokens) -> dict[str, dict[str, Callable[[Any], Any]]]:
     def rows(x: Any) -> Any:
         return x.split(n)
 
-    places = scree.position_ids(arr(torch.tensor(work.x)))
+    places = scree.position_ids(arr(_tensor(work.x, work)))
     of_heads = (-1, work.features // 64, 64)
     return {
         "softmax": {
@@ -155,10 +159,12 @@ def _forward(work: Tokens) -> dict[str, dict[str, Callable[[Any], Any]]]:
 
 
 def _tokens(op: str, work: Tokens, *, step: bool) -> Contenders:
-    x, grad = torch.tensor(work.x), torch.tensor(work.grad)
+    x, grad = _tensor(work.x, work), _tensor(work.grad, work)
     if op in ("sum", "max"):
         grad = grad[: len(work.lengths)].clone()
     calls = _forward(work)[op]
+    if work.dtype != "float32":
+        calls.pop("segment_reduce", None)  # adds up in the dtype itself: another result
     if step:
         return {name: functools.partial(_step, fn, [x], grad) for name, fn in calls.items()}
     return {name: functools.partial(fn, x) for name, fn in calls.items()}
@@ -190,4 +196,19 @@ def contests() -> list[Contest]:
     for op in _NAMES:
         make = functools.partial(_tokens, op, rows, step=True)
         found.append(Contest(f"{op} step", "torch", rows.name, 0.0, rows.x.nbytes * 3, False, make))
+    return found + _of_halves()
+
+
+def _of_halves() -> list[Contest]:
+    """The contests on bfloat16, in which the contenders compute in float32 or narrower."""
+    found: list[Contest] = []
+    for work in heads("bfloat16"):
+        for op, flops, step in (("attention", work.flops, False), ("attention step", 3.5 * work.flops, True)):
+            make = functools.partial(_attention, work, step=step)
+            found.append(Contest(op, "torch", work.name, flops, 0, False, make))
+    rows = tokens("bfloat16")
+    for op in ("softmax", "sum", "rmsnorm"):
+        make = functools.partial(_tokens, op, rows, step=False)
+        size = rows.x.nbytes // 2
+        found.append(Contest(op, "torch", rows.name, 0.0, size if op == "sum" else 2 * size, False, make))
     return found

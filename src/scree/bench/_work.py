@@ -51,14 +51,16 @@ class Heads:
 class Tokens:
     """Tokens of many features in rows, for what runs along rows and along tokens."""
 
-    def __init__(self, rows: int, tokens: int, features: int) -> None:
-        self.rows, self.features = rows, features
+    def __init__(self, rows: int, tokens: int, features: int, dtype: str = "float32") -> None:
+        self.rows, self.features, self.dtype = rows, features, dtype
         self.lengths: list[int] = lengths_of(rows, tokens // rows, tokens).tolist()
         self.offsets = _offsets(self.lengths)
         rng = np.random.default_rng(2)
         self.x, self.grad = rng.standard_normal((2, tokens, features), np.float32)
         self.weight, self.bias = rng.standard_normal((2, features), np.float32)
         self.name = f"{tokens} x {features}, {rows} rows"
+        if dtype != "float32":
+            self.name = f"{self.name} {dtype}"
         angles = np.arange(max(self.lengths))[:, None] / 10_000 ** (np.arange(0, 64, 2) / 64)
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)  # heads of 64
 
@@ -72,14 +74,14 @@ def _offsets(lengths: list[int]) -> Any:
     return np.cumsum([0, *lengths], dtype=np.int32)
 
 
-def heads() -> list[Heads]:
+def heads(dtype: str = "float32") -> list[Heads]:
     """The batches for attention, the small one first."""
-    return [Heads(*shape) for shape in HEADS]
+    return [Heads(*shape, dtype=dtype) for shape in HEADS]
 
 
-def tokens() -> Tokens:
+def tokens(dtype: str = "float32") -> Tokens:
     """The tokens for everything else."""
-    return Tokens(*TOKENS)
+    return Tokens(*TOKENS, dtype=dtype)
 
 
 def gpu_heads() -> list[Heads]:

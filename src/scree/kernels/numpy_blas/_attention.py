@@ -6,24 +6,25 @@ Memory beside the result is that of one block of scores.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from ..._array import Array
-from ..._backends._protocol import HostArray, HostInts
+from ..._backends._protocol import HostArray
 from .._rows import Span, pairs_alike, sides, spans, visible
-from ._common import aligned, wide
+from ._common import Scratch, wide
 
-_QUERIES = 128  # at a time
-_SCORES = 1 << 17  # elements of a block of scores: what stays in the second-level cache
+_QUERIES = 64  # at a time: of a causal row, half as many keys are computed and hidden
+_SCORES = 1 << 16  # elements of a block of scores: what stays in the second-level cache
 _INF = float("inf")
 
 
-def _gathered(x: HostArray, starts: HostInts, n: int, scale: float = 1.0) -> HostArray:
-    """The tokens (n, heads, D) of rows of x as (heads, G, n, D), aligned, in the wide dtype, times `scale`."""
+def _gathered(x: HostArray, starts: list[int], n: int, memory: Scratch, scale: float = 1.0) -> HostArray:
+    """The tokens (n, heads, D) of rows of x as (heads, G, n, D), in the wide dtype, times `scale`."""
     _, heads, features = x.shape
-    out = aligned((heads, len(starts), n, features), wide(x))
-    for i, start in enumerate(starts.tolist()):
+    out = memory.take((heads, len(starts), n, features))
+    for i, start in enumerate(starts):
         out[:, i] = x[start : start + n].transpose(1, 0, 2)
     if scale != 1.0:
         out *= out.dtype.type(scale)
@@ -49,31 +50,55 @@ def varlen_attention(
     (total, heads, _), (_, kv_heads, v_dim) = q.values.shape, v.values.shape
     q_offsets, k_offsets = q._host_offsets(op), k._host_offsets(op)
     dtype = wide(q.values)
-    o, lse = np.zeros((total, heads, v_dim), q.values.dtype), np.zeros((total, heads), np.float32)
-    no_key = -_INF if sinks is None else sinks.astype(np.float32)
-    lse[: int(q_offsets[-1])] = no_key
-    sink = None if sinks is None else sinks.astype(dtype)
+    o = np.zeros((total, heads, v_dim), q.values.dtype)
+    lse = np.zeros((total if return_lse else 0, heads), np.float32)
+    lse[: int(q_offsets[-1])] = -_INF if sinks is None else sinks.astype(np.float32)  # where no key is seen
+    sink = None if sinks is None else sinks.astype(dtype).reshape(kv_heads, -1, 1, 1, 1)
+    of_q, of_k, of_v, scores = (Scratch(dtype) for _ in range(4))
+    triangle = _triangle(dtype)
     with np.errstate(invalid="ignore"):  # of inf - inf, which is NaN as it should
         for numbers, n, m in pairs_alike(q_offsets, k_offsets, heads, _SCORES):
             if m == 0:
                 continue
-            starts = q_offsets[numbers].astype(np.int64)
-            qr = _gathered(q.values, starts, n, scale)
-            kr, vr = (_gathered(x.values, k_offsets[numbers], m) for x in (k, v))
+            starts, k_starts = q_offsets[numbers].tolist(), k_offsets[numbers].tolist()
+            qr = _gathered(q.values, starts, n, of_q, scale)
             qr = qr.reshape(kv_heads, heads // kv_heads, len(numbers), n, -1)
-            kr = kr.swapaxes(-1, -2)
+            kr = _gathered(k.values, k_starts, m, of_k).swapaxes(-1, -2)
+            vr = _gathered(v.values, k_starts, m, of_v)
             for span in spans(n, m, *limits, _QUERIES):
-                seen = visible(span, n, m, *limits)
-                for heads_at_once in _head_blocks(kv_heads, heads // kv_heads, span):
-                    y, z = _block(qr, kr, vr, heads_at_once, span, seen, softcap, sink)
-                    h = slice(heads_at_once.start * y.shape[1], heads_at_once.stop * y.shape[1])
-                    y, z = y.reshape(-1, *y.shape[2:]), z.reshape(-1, *z.shape[2:])  # (heads, G, queries, ...)
-                    for i, start in enumerate(starts.tolist()):
+                bounds = _bounds(span, n, m, *limits, triangle)
+                for some in _head_blocks(kv_heads, heads // kv_heads, span):
+                    given = qr[some, :, :, span.first : span.last], kr[some], vr[some]
+                    y, z = _block(
+                        *given, span, bounds, softcap, None if sink is None else sink[some], scores, return_lse
+                    )
+                    h = slice(some.start * y.shape[1], some.stop * y.shape[1])
+                    y = y.reshape(-1, *y.shape[2:])  # (heads, G, queries, D_v)
+                    for i, start in enumerate(starts):
                         place = slice(start + span.first, start + span.last)
                         o[place, h] = y[:, i].swapaxes(0, 1)
-                        lse[place, h] = z[:, i].swapaxes(0, 1)
+                        if z is not None:
+                            lse[place, h] = z.reshape(y.shape[:3])[:, i].T
     out = q.with_values(o)
     return (out, q.with_values(lse)) if return_lse else out
+
+
+def _bounds(span: Span, n: int, m: int, left: int | None, right: int | None, triangle: HostArray) -> HostArray | None:
+    """(queries, last keys): the most that a score may be, -inf where the query does not see the key, and else inf.
+
+    All queries of the span see the keys before the last ones. ``triangle`` is that of `_triangle`.
+    """
+    if left is None and right is not None:
+        first = span.first + m - n + right + 1  # what the first query sees no more, and the others one by one
+        if span.low <= first:
+            return triangle[: span.last - span.first, : span.high - first] if first < span.high else None
+    seen = visible(span, n, m, left, right)
+    return None if seen is None else np.where(seen, triangle.dtype.type(_INF), triangle.dtype.type(-_INF))
+
+
+def _triangle(dtype: np.dtype[Any]) -> HostArray:
+    """-inf on and above the diagonal, and inf below."""
+    return np.where(np.tri(_QUERIES, k=-1, dtype=bool), dtype.type(_INF), dtype.type(-_INF))
 
 
 def _head_blocks(kv_heads: int, group: int, span: Span) -> Iterator[slice]:
@@ -88,32 +113,39 @@ def _block(
     q: HostArray,
     k: HostArray,
     v: HostArray,
-    heads: slice,
     span: Span,
-    seen: HostArray | None,
+    bounds: HostArray | None,
     softcap: float | None,
     sink: HostArray | None,
-) -> tuple[HostArray, HostArray]:
-    """o (K', G', G, queries, D_v) and lse (K', G', G, queries) of some key heads K' with G' heads each."""
-    some = q[heads, :, :, span.first : span.last]  # (K', G', G, queries, D)
+    scores: Scratch,
+    with_lse: bool,
+) -> tuple[HostArray, HostArray | None]:
+    """o (K', G', G, queries, D_v) and lse (K', G', G, queries, 1) of some key heads K' with G' heads each.
+
+    q has the queries of the span, (K', G', G, queries, D), and k (K', G, D, m) and v (K', G, m, D_v) the whole rows.
+    """
     keys = slice(span.low, span.high)
-    s = np.matmul(some, k[heads, None, ..., keys])  # (K', G', G, queries, keys)
+    s = scores.take((*q.shape[:-1], span.high - span.low))  # (K', G', G, queries, keys)
+    np.matmul(q, k[:, None, ..., keys], out=s)
     if softcap is not None:
         s /= s.dtype.type(softcap)
         np.tanh(s, out=s)
         s *= s.dtype.type(softcap)
-    if seen is not None:
-        first = int(seen.all(axis=0).argmin())  # the keys before it are seen by all, as most are
-        np.copyto(s[..., first:], s.dtype.type(-_INF), where=~seen[:, first:])
+    if bounds is not None:
+        last = s[..., s.shape[-1] - bounds.shape[1] :]
+        np.fmin(last, bounds, out=last)  # in one pass; a NaN that is hidden is gone, and one that is seen leaves inf
     top = np.maximum.reduce(s, axis=-1, keepdims=True)
     s -= top
     np.exp(s, out=s)
     total = np.add.reduce(s, axis=-1, keepdims=True)
-    o = np.matmul(s, v[heads, None, :, keys])
+    o = np.matmul(s, v[:, None, :, keys])
+    if not with_lse and sink is None:
+        o /= total
+        return o, None
     lse = np.log(total) + top
-    if sink is not None:
-        both = np.logaddexp(lse, sink.reshape(q.shape[0], q.shape[1], 1, 1, 1)[heads])
-        o *= np.exp(lse - both) / total
-        return o, both[..., 0]
-    o /= total
-    return o, lse[..., 0]
+    if sink is None:
+        o /= total
+        return o, lse
+    both = np.logaddexp(lse, sink)
+    o *= np.exp(lse - both) / total
+    return o, both

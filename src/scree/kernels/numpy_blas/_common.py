@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -25,3 +26,17 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
     memory = np.empty(size + _LINE, np.uint8)
     skip = -memory.ctypes.data % _LINE
     return memory[skip : skip + size].view(dtype).reshape(shape)
+
+
+class Scratch:
+    """Memory that is used again: aligned, and warm from the second time on."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self._memory = aligned((0,), dtype)
+
+    def take(self, shape: tuple[int, ...]) -> HostArray:
+        """Give an array whose content is what was there before, and which the next call takes away again."""
+        size = math.prod(shape)
+        if size > len(self._memory):
+            self._memory = aligned((max(size, 2 * len(self._memory)),), self._memory.dtype)
+        return self._memory[:size].reshape(shape)

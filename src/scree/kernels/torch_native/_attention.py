@@ -48,7 +48,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """o (T, H, D_v) and lse (T, H), in the wide dtype; zeros beyond the last row.
 
-    lse is of no size where neither the caller nor the backward reads it.
+    o may be in the dtype of q where no backward reads it, and lse is of no size where neither the caller nor the backward reads it.
     """
     limits = _limits(left, right)
     bounds = _bounds(q_offsets, k_offsets)
@@ -56,7 +56,8 @@ def _forward(
         o, lse = _dense.forward(q, k, v, *bounds, scale, limits, softcap)
     else:
         lse_is_read = with_lse or differentiable or sinks is not None
-        o, lse = _flash.forward(q, k, v, *bounds, scale, limits, lse_is_read)
+        rounded = not differentiable and sinks is None  # else it is read once more
+        o, lse = _flash.forward(q, k, v, *bounds, scale, limits, lse_is_read, rounded)
     if sinks is not None:
         used = int(bounds[0][-1])
         inner = lse[:used]

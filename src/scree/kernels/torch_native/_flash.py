@@ -1,8 +1,8 @@
 """One row at a time through the kernel behind `scaled_dot_product_attention` on the CPU, forward and backward.
 
-The kernel's matrix products come out of MKL, whose last bits depend on where in memory a matrix begins: a row goes in
-from where torch itself would have put it alone, which is the row itself where that is so, and a copy of it otherwise.
-For the same reason rows are not stacked: which thread computes a row, in which of its buffers, would be another.
+The kernel's matrix products come out of MKL, whose last bits depend on where in memory a matrix begins: a row begins
+where torch itself would have put it alone. For the same reason rows are not stacked: which thread computes a row, in
+which of its buffers, would be another.
 
 Under a causal mask the kernel multiplies each query with whole blocks of 512 keys, most of which a row of that length
 hides: such a row goes in span by span, each with the keys that it sees.
@@ -10,8 +10,9 @@ hides: such a row goes in span by span, each with the keys that it sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,56 +23,83 @@ from .._rows import Span, spans, visible
 from ._common import empty, wide
 
 _Limits = tuple[int | None, int | None]
-_Parts = list[tuple[Span, bool]]  # and whether the kernel's own causal flag is the mask of the span
 _CAUSAL: _Limits = (None, 0)
 _LINE = 64  # bytes
-_SMALL = (
-    1 << 20
-)  # elements that are copied at once; row by row, the copy of a row is still in the cache when it is read
 _QUERIES = 512  # of a span with a mask, whose memory is this times the keys
 _SPLIT = 64  # queries of a span of a causal row
 _SPLIT_MIN, _SPLIT_MAX, _SPLIT_SIZE = 128, 1024, 1 << 15  # tokens, and least elements, of a row that is cut into spans
+_LARGE = 1 << 20  # elements
 _INF = float("inf")
 
-# Quicker to call than the same in torch.ops.
+# Quicker to call than the same in torch.ops, and than what wraps it there.
 _fwd: Any = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
-_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_bwd: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default._op
 _corners: dict[torch.dtype, Tensor] = {}
 
 
-class _Rows:
-    """Rows of x (T, heads, D) as `_by_heads` has them: aligned, and contiguous as (n, heads, D)."""
+class _Shape(NamedTuple):
+    """What rows are made ready for the kernel in: its heads, (1, H) or with grouped queries (K, H / K), and features."""
 
-    def __init__(self, x: Tensor, lengths: list[int], kv_heads: int, group: int, width: int) -> None:
-        self.dtype, self.width = wide(x.dtype), width  # zeros beyond the features that it has
-        self.kv_heads, self.group = kv_heads, group
-        x = x[: sum(lengths)]
-        size = x.shape[1] * width
-        here = x.dtype == self.dtype and width == x.shape[2] and x.is_contiguous() and x.data_ptr() % _LINE == 0
-        self.aligned = size * self.dtype.itemsize % _LINE == 0 and (here or size * x.shape[0] <= _SMALL)
-        if self.aligned:
-            x = _by_heads(x if here else self._copied(x), kv_heads, group)
-        # All views at once: one by one they would take longer than what a short row has to be computed.
-        self.rows = x.split_with_sizes(lengths, 2 if self.aligned else 0)
+    kv_heads: int
+    group: int
+    width: int
 
-    def _copied(self, x: Tensor) -> Tensor:
-        shape = (*x.shape[:2], self.width)
-        wider = empty(shape, self.dtype, x.device) if self.width == x.shape[2] else torch.zeros(shape, dtype=self.dtype)
-        wider[..., : x.shape[2]] = x
-        return wider
+    @classmethod
+    def of(cls, heads: int, kv_heads: int, features: int, dtype: torch.dtype) -> _Shape:
+        """So many features as begin every token at a cache line, and with it every row."""
+        step = _LINE // math.gcd(_LINE, kv_heads * wide(dtype).itemsize)
+        return cls(kv_heads, heads // kv_heads, -(-features // step) * step)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        if self.aligned:
-            return iter(self.rows)
-        return (_by_heads(self._copied(row), self.kv_heads, self.group) for row in self.rows)
+    def by_heads(self, x: Tensor) -> Tensor:
+        """View (T, heads, ...) as (1, H, T, ...), or with grouped queries as (K, H / K, T, ...)."""
+        if self.group == 1:
+            return x.transpose(0, 1).unsqueeze(0)
+        x = x.transpose(0, 1).unflatten(0, (self.kv_heads, -1))
+        return x if x.shape[1] == self.group else x.expand(-1, self.group, *x.shape[2:])
+
+    def ready(self, x: Tensor, used: int, *, copy: bool = False) -> Tensor:
+        """The used tokens of x (T, heads, D) by heads, aligned, and with zeros beyond their features.
+
+        Those of a narrow dtype may be as they are: `widened` row by row, they are in the cache when they are read.
+        """
+        dtype = wide(x.dtype)
+        if used < len(x):
+            x = x[:used]
+        if x.dtype != dtype and self.group == 1 and x.shape[2] == self.width and x.is_contiguous() and not copy:
+            return self.by_heads(x)
+        dense = x.dtype == dtype and x.shape[2] == self.width and x.is_contiguous() and x.data_ptr() % _LINE == 0
+        if copy or not dense:
+            wider = empty((*x.shape[:2], self.width), dtype, x.device)
+            wider[..., : x.shape[2]] = x
+            wider[..., x.shape[2] :] = 0
+            x = wider
+        return self.by_heads(x)
+
+    def filled(self, tokens: int, value: float, like: Tensor) -> Tensor:
+        """(1, H, tokens, width) of one value, as the kernel would have given it."""
+        outer, heads = (1, self.kv_heads) if self.group == 1 else (self.kv_heads, self.group)
+        return like.new_full((outer, tokens, heads, self.width), value).transpose(1, 2)
 
 
-def _by_heads(x: Tensor, kv_heads: int, group: int) -> Tensor:
-    """View (T, heads, ...) as (1, H, T, ...), or with grouped queries as (K, H / K, T, ...)."""
-    if group == 1:
-        return x.transpose(0, 1).unsqueeze(0)
-    x = x.transpose(0, 1).unflatten(0, (kv_heads, -1))
-    return x if x.shape[1] == group else x.expand(-1, group, *x.shape[2:])
+def _widened(rows: list[Tensor], row: int, dtype: torch.dtype) -> Tensor:
+    """A row in the dtype to compute in, in which the list keeps it."""
+    x = rows[row]
+    if x.dtype != dtype:
+        x = rows[row] = x.to(dtype)
+    return x
+
+
+class _Piece(NamedTuple):
+    """Some queries of a row, in one call with the keys ``low`` to ``high``, or without any where no key is seen.
+
+    ``span`` is None for a whole causal row, whose mask is the kernel's own flag.
+    """
+
+    queries: int
+    row: int
+    low: int
+    high: int
+    span: Span | None
 
 
 def _corner(dtype: torch.dtype) -> Tensor:
@@ -83,7 +111,9 @@ def _corner(dtype: torch.dtype) -> Tensor:
     return _corners[dtype]
 
 
-def _mask(span: Span, n: int, m: int, limits: _Limits, dtype: torch.dtype) -> Tensor | None:
+def _mask(span: Span | None, n: int, m: int, limits: _Limits, dtype: torch.dtype) -> Tensor | None:
+    if span is None:
+        return None
     if limits == _CAUSAL and n == m and span.last - span.first <= _SPLIT and m <= _SPLIT_MAX:
         return _corner(dtype)[_SPLIT - (span.last - span.first) :, _SPLIT_MAX - span.high :]
     seen = visible(span, n, m, *limits)
@@ -93,39 +123,41 @@ def _mask(span: Span, n: int, m: int, limits: _Limits, dtype: torch.dtype) -> Te
     return mask.masked_fill_(torch.from_numpy(~seen), -_INF)
 
 
-def _cut_from(heads: int, width: int) -> int:
+def _cut_from(shape: _Shape) -> int:
     """The fewest tokens of a causal row that is cut: a span is work for few threads, as many as there are heads at least."""
-    if torch.get_num_threads() > heads:
+    heads = shape.kv_heads * shape.group
+    threads = torch.get_num_threads()
+    if threads > heads:
         return _SPLIT_MAX + 1
-    return max(_SPLIT_MIN, -(-_SPLIT_SIZE // max(heads * width, 1)))
+    return max(_SPLIT_MIN, -(-_SPLIT_SIZE * threads // max(heads * shape.width, 1)))
 
 
-def _is_whole(n: int, m: int, limits: _Limits, cut_from: int) -> bool:
-    """Whether the kernel's own causal flag is the mask of the row, and the row one call."""
-    return n == m and limits == _CAUSAL and not cut_from <= n <= _SPLIT_MAX
-
-
-def _parts(n: int, m: int, limits: _Limits, cut_from: int) -> _Parts:
-    """The spans of a row that see any key, in order."""
-    if _is_whole(n, m, limits, cut_from):
-        return [(Span(0, n, 0, m), True)] if n else []
-    if n == m and limits == _CAUSAL:
-        return [(Span(a, min(a + _SPLIT, n), 0, min(a + _SPLIT, n)), a == 0) for a in range(0, n, _SPLIT)]
-    most = n if limits == (None, None) else _QUERIES
-    return [(span, False) for span in spans(n, m, *limits, max(most, 1))]
+def _pieces(ns: list[int], ms: list[int], limits: _Limits, shape: _Shape) -> Iterator[_Piece]:
+    """Cut the queries of all rows, in order."""
+    cut_from = _cut_from(shape)
+    for row, (n, m) in enumerate(zip(ns, ms, strict=True)):
+        if limits == _CAUSAL and n == m:
+            if cut_from <= n <= _SPLIT_MAX:
+                yield _Piece(_SPLIT, row, 0, _SPLIT, None)
+                for a in range(_SPLIT, n, _SPLIT):
+                    b = min(a + _SPLIT, n)
+                    yield _Piece(b - a, row, 0, b, Span(a, b, 0, b))
+            elif n:
+                yield _Piece(n, row, 0, m, None)
+            continue
+        done = 0
+        for span in spans(n, m, *limits, max(n, 1) if limits == (None, None) else _QUERIES):
+            if span.first > done:
+                yield _Piece(span.first - done, row, 0, 0, None)
+            yield _Piece(span.last - span.first, row, span.low, span.high, span)
+            done = span.last
+        if done < n:
+            yield _Piece(n - done, row, 0, 0, None)
 
 
 def _lengths(q_offsets: HostInts, k_offsets: HostInts) -> tuple[list[int], list[int]]:
     n = np.diff(q_offsets).tolist()
     return n, n if k_offsets is q_offsets else np.diff(k_offsets).tolist()
-
-
-def _cut(given: Sequence[Tensor], of_keys: tuple[int, int], span: Span, n: int, m: int) -> Sequence[Tensor]:
-    """The queries of a span of each of the given (K, G, n, ...), and its keys of two of them (K, G, m, D)."""
-    if span == (0, n, 0, m):
-        return given
-    mine, keys = slice(span.first, span.last), slice(span.low, span.high)
-    return [x[:, :, keys if i in of_keys else mine] for i, x in enumerate(given)]
 
 
 def forward(
@@ -137,67 +169,79 @@ def forward(
     scale: float,
     limits: _Limits,
     with_lse: bool = True,
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """o (T, H, D_v) and lse (T, H): 0 and -inf where a query sees no key; zeros beyond the last row.
 
-    Without `with_lse` lse is of no size.
+    Without `with_lse` lse is of no size. With `rounded` o is in the dtype of q, and in the wide dtype otherwise.
     """
-    dtype, (total, heads, _), (_, kv_heads, v_dim) = wide(q.dtype), q.shape, v.shape
-    o = empty((total, heads, v_dim), dtype, q.device)
+    dtype, (total, heads, dim), (_, kv_heads, v_dim) = wide(q.dtype), q.shape, v.shape
+    o = empty((total, heads, v_dim), q.dtype if rounded else dtype, q.device)
     lse = empty((total if with_lse else 0, heads), dtype, q.device)
     ns, ms = _lengths(q_offsets, k_offsets)
-    used = int(q_offsets[-1])
-    width, group = max(q.shape[2], v_dim), heads // kv_heads
-    cut_from = _cut_from(heads, width)
-    rows_of = [_Rows(x, lengths, kv_heads, group, width) for x, lengths in ((q, ns), (k, ms), (v, ms))]
-    ys: list[Tensor] = []
-    zs: list[Tensor] = []
-
-    def unseen(queries: int) -> None:
-        ys.append(o.new_zeros((kv_heads if group > 1 else 1, heads if group == 1 else group, queries, width)))
-        zs.append(o.new_full(ys[-1].shape[:3], -_INF))
-
-    for n, m, *given in zip(ns, ms, *rows_of, strict=True):
-        if not n:
-            continue
-        if _is_whole(n, m, limits, cut_from):
-            y, z = _fwd(*given, 0.0, True, scale=scale)
-            ys.append(y)
-            zs.append(z)
-            continue
-        done = 0
-        for span, causal in _parts(n, m, limits, cut_from):
-            if span.first > done:
-                unseen(span.first - done)
-            mask = None if causal else _mask(span, n, m, limits, dtype)
-            y, z = _fwd(*_cut(given, (1, 2), span, n, m), 0.0, causal, attn_mask=mask, scale=scale)
-            ys.append(y)
-            zs.append(z)
-            done = span.last
-        if done < n:
-            unseen(n - done)
-    _join(ys, o, used, kv_heads, group)
-    if with_lse:
-        _join(zs, lse, used, kv_heads, group)
+    used, used_k = int(q_offsets[-1]), int(k_offsets[-1])
+    shape = _Shape.of(heads, kv_heads, max(dim, v_dim), dtype)
+    pieces = list(_pieces(ns, ms, limits, shape))
+    # All views at once: one by one they would take longer than what a short row has to be computed.
+    qs = shape.ready(q, used).split_with_sizes([piece.queries for piece in pieces], 2)
+    ks, vs = (list(shape.ready(x, used_k).split_with_sizes(ms, 2)) for x in (k, v))
+    ys, zs = _Joined(o, used), _Joined(lse, min(used, len(lse)))
+    for (queries, row, low, high, span), x in zip(pieces, qs, strict=True):
+        if low == high:
+            y = shape.filled(queries, 0, lse)
+            z = shape.filled(queries, -_INF, lse)[..., 0]
+        else:
+            if x.dtype != dtype:
+                x = x.to(dtype)
+            kr, vr = _widened(ks, row, dtype), _widened(vs, row, dtype)
+            if high - low < ms[row]:
+                kr, vr = kr.narrow(2, low, high - low), vr.narrow(2, low, high - low)
+            mask = _mask(span, ns[row], ms[row], limits, dtype)
+            y, z = _fwd(x, kr, vr, 0.0, span is None, attn_mask=mask, scale=scale)
+        ys.add(y)
+        if with_lse:
+            zs.add(z)
+    ys.finish()
+    zs.finish()
     return o, lse
 
 
-def _join(parts: list[Tensor], out: Tensor, used: int, kv_heads: int, group: int) -> None:
-    """Write parts by heads, one behind the other, to the used tokens of out (T, heads, ...), and 0 to the others."""
-    if used < len(out):
-        out[used:] = 0
-    if not parts:
-        return
-    if out.ndim == 3 and parts[0].shape[3] > out.shape[2]:
-        parts = [x[..., : out.shape[2]] for x in parts]
-    target = _by_heads(out[:used], kv_heads, group)
-    if parts[0].dtype != out.dtype:
-        for x, y in zip(parts, target.split([x.shape[2] for x in parts], 2), strict=True):
-            y.copy_(x)
-    elif group > 1:
-        torch.cat(parts, 2, out=target)
-    else:  # the kernel leaves them token by token
-        torch.cat([x.transpose(1, 2) for x in parts], 1, out=out[:used].unsqueeze(0))
+class _Joined:
+    """What is computed for the used tokens of out (T, heads, ...), part by part and in order; 0 beyond.
+
+    Parts of a large tensor are written at once: their memory serves those that come after, and is in the cache.
+    """
+
+    def __init__(self, out: Tensor, used: int) -> None:
+        if used < len(out):
+            out[used:] = 0
+            out = out[:used]
+        self.out, self.done, self.at_once = out, 0, out.numel() > _LARGE
+        self.parts: list[Tensor] = []
+
+    def add(self, part: Tensor) -> None:
+        """Take (1, H, n, ...) or (K, H / K, n, ...), with as many features as out, or more."""
+        part = part.transpose(1, 2)  # as the kernel leaves it in memory: token by token
+        if self.at_once:
+            self._of(part).narrow(1, self.done, part.shape[1]).copy_(self._cut(part))
+            self.done += part.shape[1]
+        else:
+            self.parts.append(part)
+
+    def finish(self) -> None:
+        """Write what was not written at once."""
+        if self.parts:
+            parts = self.parts if self._cut(self.parts[0]) is self.parts[0] else [self._cut(x) for x in self.parts]
+            torch.cat(parts, 1, out=self._of(self.parts[0]))
+
+    def _cut(self, part: Tensor) -> Tensor:
+        more = part.ndim == 4 and part.shape[3] > self.out.shape[2]
+        return part[..., : self.out.shape[2]] if more else part
+
+    def _of(self, part: Tensor) -> Tensor:
+        if part.shape[0] == 1:
+            return self.out.unsqueeze(0)
+        return self.out.unflatten(1, (part.shape[0], -1)).transpose(0, 1)
 
 
 def backward(
@@ -222,50 +266,55 @@ def backward(
     dq, dk, dv = (empty(tuple(x.shape), x.dtype, x.device) for x in (q, k, v))
     ns, ms = _lengths(q_offsets, k_offsets)
     used, used_k = int(q_offsets[-1]), int(k_offsets[-1])
-    width, group = max(dim, v_dim if grad_lse is None else v_dim + 1), heads // kv_heads
-    cut_from = _cut_from(heads, width)
-    rows_of = [
-        _Rows(x, lengths, kv_heads, group, width) for x, lengths in ((grad_o, ns), (q, ns), (k, ms), (v, ms), (o, ns))
-    ]
-    lse_rows = _by_heads(lse[:used], kv_heads, group).split_with_sizes(ns, 2)
-    grad_lse_rows = None if grad_lse is None else _by_heads(grad_lse[:used], kv_heads, group).split_with_sizes(ns, 2)
-    dqs: list[Tensor] = []
-    dks: list[Tensor] = []
-    dvs: list[Tensor] = []
-
-    def nothing(tokens: int) -> Tensor:
-        return lse.new_zeros((kv_heads if group > 1 else 1, heads if group == 1 else group, tokens, width))
-
-    for row, (n, m, *given) in enumerate(zip(ns, ms, *rows_of, lse_rows, strict=True)):
-        if grad_lse_rows is not None:
-            given[0][..., v_dim] = grad_lse_rows[row]
-            given[3][:, : 1 if group > 1 else heads, :, v_dim] = 1  # the memory of every head of the group
-        parts = _parts(n, m, limits, cut_from)
+    shape = _Shape.of(heads, kv_heads, max(dim, v_dim if grad_lse is None else v_dim + 1), lse.dtype)
+    pieces = list(_pieces(ns, ms, limits, shape))
+    queries = [piece.queries for piece in pieces]
+    more = grad_lse is not None
+    g, v = shape.ready(grad_o, used, copy=more), shape.ready(v, used_k, copy=more)
+    if grad_lse is not None:
+        g[..., v_dim] = shape.by_heads(grad_lse[:used])
+        v[:, : 1 if shape.group > 1 else heads, :, v_dim] = 1  # the memory of every head of the group
+    of_queries = (g, shape.ready(q, used), shape.ready(o, used), shape.by_heads(lse[:used]))
+    gs, qs, os, ls = (x.split_with_sizes(queries, 2) for x in of_queries)
+    ks, vs = (list(x.split_with_sizes(ms, 2)) for x in (shape.ready(k, used_k), v))
+    given = list(zip(pieces, gs, qs, os, ls, strict=True))
+    dqs, dks, dvs = _Joined(dq, used), _Joined(dk, used_k), _Joined(dv, used_k)
+    begin = 0
+    for row, m in enumerate(ms):
+        end = begin
+        while end < len(pieces) and pieces[end].row == row:
+            end += 1
         mine: list[Tensor] = []
-        after, dkr, dvr = n, None, None
-        for span, causal in reversed(parts):  # the last sees all keys that any of a causal row does
-            mask = None if causal else _mask(span, n, m, limits, lse.dtype)
-            x, y, z = _bwd(*_cut(given, (2, 3), span, n, m), 0.0, causal, attn_mask=mask, scale=scale)
-            if span.last < after:
-                mine.append(nothing(after - span.last))
+        dkr, dvr = None, None
+        for (n, _, low, high, span), gp, qp, op, lp in reversed(
+            given[begin:end]
+        ):  # the last sees what any of them does
+            if low == high:
+                mine.append(shape.filled(n, 0, lse))
+                continue
+            kr, vr = _widened(ks, row, lse.dtype), _widened(vs, row, lse.dtype)
+            whole = low == 0 and high == m
+            if not whole:
+                kr, vr = kr.narrow(2, low, high - low), vr.narrow(2, low, high - low)
+            mask = _mask(span, ns[row], m, limits, lse.dtype)
+            gp, qp = gp.to(lse.dtype), qp.to(lse.dtype)
+            x, y, z = _bwd(gp, qp, kr, vr, op, lp, 0.0, span is None, attn_mask=mask, scale=scale)
             mine.append(x)
-            after = span.first
-            if dkr is None and span.low == 0 and span.high == m:
+            if whole and dkr is None:
                 dkr, dvr = y, z
                 continue
             if dkr is None or dvr is None:
-                dkr, dvr = nothing(m), nothing(m)
-            dkr[:, :, span.low : span.high] += y
-            dvr[:, :, span.low : span.high] += z
-        if after:
-            mine.append(nothing(after))
-        dqs += reversed(mine)
-        if m:
-            dks.append(nothing(m) if dkr is None else dkr)
-            dvs.append(nothing(m) if dvr is None else dvr)
-    _join(dqs, dq, used, kv_heads, group)
-    _join([_summed(x, group) for x in dks], dk, used_k, kv_heads, 1)
-    _join([_summed(x, group) for x in dvs], dv, used_k, kv_heads, 1)
+                dkr, dvr = shape.filled(m, 0, lse), shape.filled(m, 0, lse)
+            dkr.narrow(2, low, high - low).add_(y)
+            dvr.narrow(2, low, high - low).add_(z)
+        begin = end
+        for x in reversed(mine):
+            dqs.add(x)
+        for sums, total in ((dks, dkr), (dvs, dvr)):
+            if m:
+                sums.add(_summed(shape.filled(m, 0, lse) if total is None else total, shape.group))
+    for sums in (dqs, dks, dvs):
+        sums.finish()
     return dq, dk, dv
 
 

@@ -83,18 +83,21 @@ def _rmsnorm_bwd(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> 
     return dx, dw if weight is None else dw.to(weight.dtype)
 
 
-def _layernorm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _layernorm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and 1 / sqrt(var + eps) of each token, (R, 1), for the backward."""
     dtype = _dtype(x, weight, bias)
     w, b = _wide(weight, dtype), _wide(bias, dtype)
     out = empty(tuple(x.shape), x.dtype, x.device)
+    mean, rstd = (x.new_empty((x.shape[0], 1), dtype=dtype) for _ in range(2))
     step = _step(x.shape[1])
     for t in range(0, x.shape[0], step):
-        out[t : t + step] = torch.native_layer_norm(x[t : t + step].to(dtype), x.shape[1:], w, b, eps)[0]
-    return out
+        some = slice(t, t + step)
+        out[some], mean[some], rstd[some] = torch.native_layer_norm(x[some].to(dtype), x.shape[1:], w, b, eps)
+    return out, mean, rstd
 
 
 def _layernorm_bwd(
-    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _dtype(x, weight, bias)
     w, b = _wide(weight, dtype), _wide(bias, dtype)
@@ -104,11 +107,10 @@ def _layernorm_bwd(
     wanted = [True, weight is not None, bias is not None]
     step = _step(x.shape[1])
     for t in range(0, x.shape[0], step):
-        part = x[t : t + step].to(dtype)
-        _, mean, rstd = torch.native_layer_norm(part, x.shape[1:], None, None, eps)
-        g = grad[t : t + step].to(dtype)
-        d, d_w, d_b = torch.ops.aten.native_layer_norm_backward(g, part, x.shape[1:], mean, rstd, w, b, wanted)
-        dx[t : t + step] = d
+        some = slice(t, t + step)
+        part, g = x[some].to(dtype), grad[some].to(dtype)
+        found = torch.ops.aten.native_layer_norm_backward(g, part, x.shape[1:], mean[some], rstd[some], w, b, wanted)
+        dx[some], d_w, d_b = found
         if weight is not None:
             dw += d_w
         if bias is not None:
@@ -123,7 +125,7 @@ rmsnorm_bwd = Operator(
 )
 layernorm_bwd = Operator(
     "varlen_layernorm_backward",
-    "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
     _layernorm_bwd,
 )
 
@@ -139,9 +141,14 @@ def _rmsnorm_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None if weight is None else dw, None
 
 
-def _layernorm_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors
-    dx, dw, db = layernorm_bwd(grad.contiguous(), x, weight, bias, ctx.eps)
+def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _layernorm_grads(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, mean, rstd = ctx.saved_tensors
+    dx, dw, db = layernorm_bwd(grad.contiguous(), x, weight, bias, mean, rstd)
     return dx, None if weight is None else dw, None if bias is None else db, None
 
 
@@ -154,9 +161,9 @@ rmsnorm = Operator(
 )
 layernorm = Operator(
     "varlen_layernorm",
-    "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
     _layernorm,
-    keep=_keep,
+    keep=_keep_statistics,
     backward=_layernorm_grads,
 )
 
@@ -167,8 +174,9 @@ def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 @layernorm.register_fake
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return torch.empty_like(x)
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty((x.shape[0], 1), dtype=_dtype(x, weight, bias)) for _ in range(2))
+    return torch.empty_like(x), mean, rstd
 
 
 def _like(weight: Tensor | None, x: Tensor) -> Tensor:
@@ -181,7 +189,9 @@ def _(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tenso
 
 
 @layernorm_bwd.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), _like(weight, x), _like(bias, x)
 
 
@@ -199,5 +209,5 @@ def varlen_rmsnorm(arr: Array, weight: Tensor | None = None, eps: float = 1e-6) 
 def varlen_layernorm(arr: Array, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Array:
     """Compute `scree.kernels.varlen_layernorm`, block by block."""
     x = used_only(arr, arr.values)
-    y = layernorm(_tokens(x), weight, bias, eps).reshape(x.shape)
+    y = layernorm(_tokens(x), weight, bias, eps)[0].reshape(x.shape)
     return arr.with_values(used_only(arr, y))
