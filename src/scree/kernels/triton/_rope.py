@@ -93,7 +93,9 @@ def _forward(
             "HEADS": block,
             "HALF": half,
         }
-        launch = _LAUNCHERS[key] = Launcher(kernels._rope_fwd_kernel, device, constants, num_warps=warps)
+        # Which products become one operation with their sum would depend on the strides, and so would the bits.
+        exact: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
+        launch = _LAUNCHERS[key] = Launcher(kernels._rope_fwd_kernel, device, constants, **exact)
     rows, blocks = offsets.shape[0] - 1, -(-heads // block)
     tensors = (x, cos.contiguous(), sin.contiguous(), offsets, offsets if starts is None else starts.contiguous(), y)
     scalars = (blocks, tokens, rows, rows.bit_length(), cos.shape[0], begin, stride_t, stride_h)
