@@ -85,7 +85,7 @@ def measure(
 def _arrays(result: Any) -> list[tuple[np.ndarray, bool]]:
     """The arrays of a result, and whether they were halves, of which NumPy does not know all."""
     parts = result if isinstance(result, (list, tuple)) else [result]
-    return [(np.asarray(backend_of(part).upcast(part)), part.dtype.itemsize < 4) for part in parts]
+    return [(np.asarray(backend_of(part).upcast(part)), part.itemsize < 4) for part in parts]
 
 
 def check(contenders: Contenders) -> None:
