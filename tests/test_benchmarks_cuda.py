@@ -188,8 +188,8 @@ def test_every_op_that_moves_memory_has_peers_that_are_right(bench, monkeypatch)
     assert all(found.values())
 
 
+@pytest.mark.triton
 def test_the_row_of_the_portable_kernels_refuses_hopper_s_own_and_fails_where_nobody_asks(bench):
-    pytest.importorskip("triton")
     from scree.kernels.triton import _hopper, _hopper_bwd, _hopper_pair
 
     modules = (_hopper, _hopper_bwd, _hopper_pair)

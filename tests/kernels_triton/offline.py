@@ -84,6 +84,10 @@ def _launch_of(launcher, tensors, scalars):
     return Launch(kernel, ordered, tuple(given.items()), tuple(divisible), tuple(launcher._options.items()))
 
 
+# What the modules keep of a device, all of which bear one number here.
+KEPT = ("_LAUNCHERS", "_PLANNED", "_PLANS", "_WAYS", "_FORWARD", "_BACKWARD")
+
+
 @contextlib.contextmanager
 def recording(monkeypatch, target):
     """Record what is launched in the block, as if on a device of this target, tensors being on the CPU."""
@@ -107,7 +111,7 @@ def recording(monkeypatch, target):
         for name, module in list(sys.modules.items()):
             if name.startswith("scree.kernels.triton."):
                 for there, instead in (
-                    ("_LAUNCHERS", {}),
+                    *((kept, {}) for kept in KEPT),
                     ("current_stream", lambda device: 0),
                     ("is_capturing", lambda: False),
                     ("refuse_device", lambda *_: None),
