@@ -30,8 +30,8 @@ HOPPER = {  # instead of which, where they serve
 SPILLS = {
     ("sm_90", DKV): {128: 16},
     ("sm_90", "_hopper_bwd_kernel"): {128: 70},
-    ("sm_90", PAIR_DQ): {64: 24},
-    ("sm_90", PAIR_DKV): {64: 30},
+    ("sm_90", PAIR_DQ): {64: 16},
+    ("sm_90", PAIR_DKV): {64: 4},
 }
 # Masks: AMD keeps them in scalar registers, and where there are too few of those, in lanes of vector registers.
 SCALARS = {("gfx942", "_rows_kernel"): 24, ("gfx942", "_list_kernel"): 2}

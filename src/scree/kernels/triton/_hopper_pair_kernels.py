@@ -57,7 +57,10 @@ def _store(ptr, x, count, stride):
 
 @gluon.jit
 def _anew(stride):
-    """The same stride; but the compiler does not see that, and keeps nothing that follows from it in registers."""
+    """The same stride; but the compiler does not see that, and keeps nothing that follows from it in registers.
+
+    So places are worked out again at each step, in less time than registers take that are moved to memory and back.
+    """
     stride = gl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [stride], dtype=gl.int64, is_pure=False, pack=1)
     return gl.multiple_of(stride, 16)
 
@@ -74,8 +77,8 @@ def _fetch_keys(memory, pointers, stage, at, count):
     """Have the keys and values from `at` copied."""
     k_sm, v_sm = memory
     k_ptr, v_ptr, stride_k_t, stride_v_t = pointers
-    _copy(k_sm.index(stage), k_ptr, at, count, stride_k_t)
-    _copy(v_sm.index(stage), v_ptr, at, count, stride_v_t)
+    _copy(k_sm.index(stage), k_ptr, at, count, _anew(stride_k_t))
+    _copy(v_sm.index(stage), v_ptr, at, count, _anew(stride_v_t))
     async_copy.commit_group()
 
 
@@ -191,9 +194,9 @@ def _fetch_queries(memory, pointers, stage, turn, at, q_length, TURNS: gl.conste
     rows_ptr += turn * rows_of_a_head + at * 2
     line = gl.arange(0, ROWS, layout=_LINE)
     present = line < gl.where(turn < TURNS, ROWS, 0)
-    _copy(q_sm.index(stage), q_ptr + turn * stride_q_h, at, there, stride_q_t)
+    _copy(q_sm.index(stage), q_ptr + turn * stride_q_h, at, there, _anew(stride_q_t))
     _load(lse_sm.index(stage), rows_ptr + line, mask=present)
-    _copy(do_sm.index(stage), do_ptr + turn * stride_do_h, at, there, stride_do_t)
+    _copy(do_sm.index(stage), do_ptr + turn * stride_do_h, at, there, _anew(stride_do_t))
     _load(delta_sm.index(stage), rows_ptr + ROWS + line, mask=present)
     async_copy.commit_group()
 
