@@ -13,8 +13,8 @@ if torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
 import scree  # noqa: E402
+from scree.kernels._options import AttentionOptions  # noqa: E402
 from scree.kernels.triton import _attention_launch, _hopper_bwd, varlen_attention_triton  # noqa: E402
-from scree.kernels.triton._attention_launch import Options  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -34,14 +34,9 @@ NAMES = ("dq", "dk", "dv", "dsinks")
 
 
 def options_of(case, deterministic):
-    return Options.of(
-        case.options.get("causal", False),
-        case.options.get("scale"),
-        case.options.get("window_size", (None, None)),
-        None,
-        deterministic,
-        case.dim,
-    )
+    window = case.options.get("window_size", (None, None))
+    scale, causal = case.options.get("scale", case.dim**-0.5), case.options.get("causal", False)
+    return AttentionOptions(scale, causal, window, deterministic=deterministic).flat()
 
 
 def gradients(tensors, offsets, options, sinks=None):

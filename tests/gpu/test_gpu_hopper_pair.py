@@ -12,8 +12,8 @@ gpu_cases.need_cuda()
 if torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
+from scree.kernels._options import AttentionOptions  # noqa: E402
 from scree.kernels.triton import _attention_launch, _hopper_pair  # noqa: E402
-from scree.kernels.triton._attention_launch import Options  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +34,8 @@ NAMES = ("dq", "dk", "dv", "dsinks")
 
 def options_of(case):
     window = case.options.get("window_size", (None, None))
-    return Options.of(case.options.get("causal", False), case.options.get("scale"), window, None, True, case.dim)
+    scale = case.options.get("scale", case.dim**-0.5)
+    return AttentionOptions(scale, case.options.get("causal", False), window).flat()
 
 
 def gradients(tensors, offsets, options, sinks=None, serves=True):

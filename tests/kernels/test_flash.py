@@ -8,17 +8,11 @@ from expect import raises
 from scree import kernels
 from scree.kernels import _dispatch
 from scree.kernels._dispatch import TABLE
+from scree.kernels._options import AttentionOptions
 from test_compilers import need
 
 NAMES = ("torch_varlen", "fa3", "fa4")
-DEFAULTS = {
-    "scale": 0.25,
-    "window_size": (None, None),
-    "softcap": None,
-    "sinks": None,
-    "return_lse": False,
-    "deterministic": True,
-}
+DEFAULTS = AttentionOptions(0.25)
 
 
 @pytest.fixture
@@ -45,8 +39,8 @@ def arrays(th, features=(4, 64), key_features=None, lengths=(3, 2)):
     return q, k, k
 
 
-def why_not(room, arrays, **options):
-    return room.why_not("varlen_attention", *arrays, **{**DEFAULTS, **options})
+def why_not(room, arrays, sinks=None, **options):
+    return room.why_not("varlen_attention", *arrays, sinks, DEFAULTS._replace(**options))
 
 
 def test_they_are_in_the_table_and_only_on_request():
@@ -213,21 +207,22 @@ def test_how_each_is_called(th, monkeypatch):
 
     for module in (torch_varlen, fa3, fa4):
         monkeypatch.setattr(module, "_KEPT", {"function": record, "parameters": ("window_size", "enable_gqa")})
-    out = torch_varlen.varlen_attention(q, k, v, True, **DEFAULTS)
+    causal = DEFAULTS._replace(causal=True)
+    out = torch_varlen.attend(q, k, v, None, causal)
     assert out.offsets is q.offsets
     assert th.module.equal(out.values, q.values * 2)
     assert seen["options"] == {"scale": 0.25, "window_size": (-1, 0), "enable_gqa": True}
     assert seen["given"][3].dtype is th.module.int32
     assert seen["given"][5:] == (3, 3)
-    torch_varlen.varlen_attention(q, k, v, False, **{**DEFAULTS, "window_size": (2, None)})
+    torch_varlen.attend(q, k, v, None, DEFAULTS._replace(window_size=(2, None)))
     assert seen["options"]["window_size"] == (2, -1)
-    fa3.varlen_attention(q, k, v, True, **DEFAULTS)
+    fa3.attend(q, k, v, None, causal)
     assert (seen["options"]["causal"], seen["options"]["window_size"]) == (True, (-1, -1))
-    fa3.varlen_attention(q, k, v, True, **{**DEFAULTS, "window_size": (2, 5), "softcap": 3.0})
+    fa3.attend(q, k, v, None, causal._replace(window_size=(2, 5), softcap=3.0))
     assert (seen["options"]["causal"], seen["options"]["window_size"]) == (False, (2, 0))
     assert seen["options"]["softcap"] == 3.0
-    fa4.varlen_attention(q, k, v, False, **{**DEFAULTS, "window_size": (None, 0)})
+    fa4.attend(q, k, v, None, DEFAULTS._replace(window_size=(None, 0)))
     assert (seen["options"]["causal"], seen["options"]["window_size"]) == (True, (None, None))
-    fa4.varlen_attention(q, k, v, False, **{**DEFAULTS, "window_size": (4, None)})
+    fa4.attend(q, k, v, None, DEFAULTS._replace(window_size=(4, None)))
     assert (seen["options"]["causal"], seen["options"]["window_size"]) == (False, (4, None))
     assert seen["options"]["max_seqlen_q"] == 3

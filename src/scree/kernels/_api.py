@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 from .._array import Array
 from .._backends import Dense, find_backend
 from . import _contract
-from ._dispatch import choose
+from ._dispatch import choose, function_of
 
 Window = tuple[int | None, int | None]
 Reduction = Literal["sum", "mean", "max", "min", "logsumexp"]
@@ -142,11 +142,10 @@ def varlen_attention(
             sinks=sinks,
             return_lse=return_lse,
             deterministic=deterministic,
-        )._asdict()
-        module = choose("varlen_attention", implementation, q, k, v, **options)
-        del options["sinks"]
-        call = _bound(key, module, "varlen_attention", (q, k, v), options)
-    return call(q, k, v, sinks=sinks)
+        )
+        module = choose("varlen_attention", implementation, q, k, v, sinks, options)
+        call = _bound(key, module, "varlen_attention", (q, k, v), {"options": options})
+    return call(q, k, v, sinks)
 
 
 _Call = Callable[..., Any]
@@ -189,7 +188,7 @@ def _recall(
 def _bound(key: _Key | None, module: Any, op: str, arrays: tuple[Array, ...], options: dict[str, Any]) -> _Call:
     """Bind the options of a call that was checked to the function of its implementation, and keep that with the offsets."""
     if key is None or "bind" not in vars(module):
-        call = functools.partial(getattr(module, op), **options)
+        call = functools.partial(function_of(module, op), **options)
     else:
         call = module.bind(op, arrays, options)
     if key is not None and _IMMUTABLE.issuperset(map(type, key[2])):

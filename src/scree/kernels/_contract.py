@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 from .. import _check
 from .._array import Array, expect_array
 from .._backends import Backend, Dense
 from .._check import is_floating, same_device, same_framework
+from ._options import AttentionOptions, Sides
 
 REDUCTIONS = ("sum", "mean", "max", "min", "logsumexp")
 
@@ -30,18 +32,6 @@ def _along_axis_0(op: str, arr: Array, name: str) -> None:
         raise ValueError(f"{op}: {name} has ragged_dim {arr.ragged_dim}; needs 0, with the features behind")
 
 
-class AttentionOptions(NamedTuple):
-    """The options of `varlen_attention`, with every default filled in."""
-
-    causal: bool
-    scale: float
-    window_size: tuple[int | None, int | None]
-    softcap: float | None
-    sinks: Dense | None
-    return_lse: bool
-    deterministic: bool
-
-
 def attention(
     q: Any,
     k: Any,
@@ -49,13 +39,13 @@ def attention(
     causal: bool,
     *,
     scale: float | None,
-    window_size: tuple[int | None, int | None],
+    window_size: Sides,
     softcap: float | None,
     sinks: Dense | None,
     return_lse: bool,
     deterministic: bool = True,
 ) -> AttentionOptions:
-    """Check the arguments of `varlen_attention`."""
+    """Check the arguments of `varlen_attention`; return its options."""
     op = "varlen_attention"
     xp = array(op, q, "q")
     queries: Dense = q._values
@@ -103,14 +93,47 @@ def attention(
             raise ValueError(f"{op}: sinks has shape {tuple(sinks.shape)}; needs ({heads},), one logit a head")
         floating(op, xp, sinks, "sinks")
     return AttentionOptions(
-        bool(causal),
         _number(op, "scale", scale, 1.0 / math.sqrt(head_dim)),
+        bool(causal),
         _window(op, window_size),
         None if softcap is None else _positive(op, "softcap", softcap),
-        sinks,
         bool(return_lse),
         bool(deterministic),
     )
+
+
+def checked(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the ``attend(q, k, v, sinks, options)`` of a room the signature and the checks of `varlen_attention`."""
+
+    def varlen_attention(
+        q: Array,
+        k: Array,
+        v: Array,
+        causal: bool = False,
+        *,
+        scale: float | None = None,
+        window_size: Sides = (None, None),
+        softcap: float | None = None,
+        sinks: Dense | None = None,
+        return_lse: bool = False,
+        deterministic: bool = True,
+    ) -> tuple[Array, Array] | Array:
+        """Compute `scree.kernels.varlen_attention` by this implementation, and no other."""
+        options = attention(
+            q,
+            k,
+            v,
+            causal,
+            scale=scale,
+            window_size=window_size,
+            softcap=softcap,
+            sinks=sinks,
+            return_lse=return_lse,
+            deterministic=deterministic,
+        )
+        return attend(q, k, v, sinks, options)
+
+    return varlen_attention
 
 
 def _equal_offsets(op: str, k: Array, v: Array) -> None:

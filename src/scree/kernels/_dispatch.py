@@ -27,7 +27,7 @@ class Impl(NamedTuple):
     name : str
         What ``implementation=`` calls it.
     module : str
-        Relative to `scree.kernels`; holds a function named after the op, and ``why_not``.
+        Relative to `scree.kernels`; holds ``why_not``, and the function of the op (`function_of`).
     backends, devices, dtypes : tuple of str, or None
         The frameworks, kinds of device and dtypes it serves; None serves all.
     requires : str, optional
@@ -133,8 +133,8 @@ _backends.on_load(_import_modules)
 def choose(op: str, implementation: str | None, arr: Array, *args: Any, **options: Any) -> Any:
     """Return the module of the first implementation that can serve the call, or of the one that is asked for.
 
-    It has a function named after the op. It may have ``bind(op, arrays, options)``, too, which returns a function of
-    arrays like these alone: for calls that are made again, outside of compilers and transformations.
+    It has the function that `function_of` finds. It may have ``bind(op, arrays, options)``, too, which returns a function
+    of arrays like these alone: for calls that are made again, outside of compilers and transformations.
 
     Raises
     ------
@@ -160,6 +160,14 @@ def choose(op: str, implementation: str | None, arr: Array, *args: Any, **option
     # What is wrong is put into words here alone: an op on short rows takes no longer than the words do.
     against = "; ".join(f"{impl.name}: {reason or mismatch(impl, arr)}" for impl, reason in reasons)
     raise NotImplementedError(f"{op}: no implementation can serve this call: {against}")
+
+
+def function_of(module: Any, op: str) -> Any:
+    """The function of a module that computes an op: of its name, but ``attend(q, k, v, sinks, options)`` for attention.
+
+    That takes `AttentionOptions` in place of all that `varlen_attention` takes, whose name is public in some modules.
+    """
+    return module.attend if op == "varlen_attention" else getattr(module, op)
 
 
 def _fits(impl: Impl, arr: Array) -> bool:

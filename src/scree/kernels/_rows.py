@@ -129,14 +129,6 @@ def visible(span: Span, n: int, m: int, left: int | None, right: int | None) -> 
     return seen
 
 
-def sides(causal: bool, window_size: tuple[int | None, int | None]) -> tuple[int | None, int | None]:
-    """How many keys to the left and to the right of its place a query sees; None is no limit."""
-    left, right = window_size
-    if causal:
-        right = 0 if right is None else min(right, 0)
-    return left, right
-
-
 def places(offsets: HostInts, start: int | HostInts) -> HostInts:
     """The place of every token in its row, plus `start`, one for all rows or (B,): (T,), int64."""
     lengths = np.diff(offsets)

@@ -9,31 +9,19 @@ import torch
 from torch import Tensor
 
 from ..._array import Array
-from .._rows import sides
+from .._options import AttentionOptions
 
 _INT32 = 2**31
 
 
-def refusal(
-    q: Array,
-    k: Array,
-    v: Array,
-    causal: bool,
-    *,
-    scale: float,
-    window_size: tuple[int | None, int | None],
-    softcap: float | None,
-    sinks: Tensor | None,
-    return_lse: bool,
-    deterministic: bool,
-) -> str | None:
+def refusal(q: Array, k: Array, v: Array, sinks: Tensor | None, options: AttentionOptions) -> str | None:
     """Say what speaks against a call for all of them, from metadata alone."""
     if sinks is not None:
         return "it takes no sinks"
-    if return_lse:
+    if options.return_lse:
         return "its LSE has no gradient"
-    if scale <= 0:
-        return f"it looks for the largest score before it scales; needs a scale of more than 0, got {scale:g}"
+    if options.scale <= 0:
+        return f"it looks for the largest score before it scales; needs a scale of more than 0, got {options.scale:g}"
     for name, arr in (("q", q), ("k", k)):
         if arr._structure.spare:
             return f"it leaves what lies beyond the last sequence unwritten, and {name} has a capacity"
@@ -76,9 +64,9 @@ def arguments(q: Array, k: Array) -> tuple[Tensor, Tensor, int, int]:
     return q.offsets.to(torch.int32), k.offsets.to(torch.int32), q.max_length, k.max_length
 
 
-def window(causal: bool, window_size: tuple[int | None, int | None], no_limit: Any) -> tuple[Any, Any]:
+def window(options: AttentionOptions, no_limit: Any) -> tuple[Any, Any]:
     """How many keys to the left and to the right, with what the other library means by no limit."""
-    left, right = sides(causal, window_size)
+    left, right = options.sides
     return (no_limit if left is None else left), (no_limit if right is None else right)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._array import Array
+from .._options import AttentionOptions
 from ._limits import arguments, head_dims, imported, output, refusal, window
 
 _WIDEST = 256
@@ -15,9 +16,9 @@ _PACKAGE = "flash_attn_interface"
 _KEPT: dict[str, Any] = {}
 
 
-def why_not(op: str, q: Array, k: Array, v: Array, causal: bool = False, **options: Any) -> str | None:
+def why_not(op: str, q: Array, k: Array, v: Array, sinks: Tensor | None, options: AttentionOptions) -> str | None:
     """Say what speaks against computing this call here."""
-    against = head_dims(q, v, _WIDEST) or refusal(q, k, v, causal, **options)
+    against = head_dims(q, v, _WIDEST) or refusal(q, k, v, sinks, options)
     if against is not None:
         return against
     major, minor = torch.cuda.get_device_capability(q.values.device)
@@ -27,30 +28,18 @@ def why_not(op: str, q: Array, k: Array, v: Array, causal: bool = False, **optio
     return function if isinstance(function, str) else None
 
 
-def varlen_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    causal: bool = False,
-    *,
-    scale: float,
-    window_size: tuple[int | None, int | None],
-    softcap: float | None,
-    sinks: Tensor | None,
-    return_lse: bool,
-    deterministic: bool,
-) -> Array:
+def attend(q: Array, k: Array, v: Array, sinks: Tensor | None, options: AttentionOptions) -> Array:
     """Compute `scree.kernels.varlen_attention` by FlashAttention-3."""
-    left, right = window(causal, window_size, -1)
+    left, right = window(options, -1)
     whole = (left, right) == (-1, 0)
     result = imported(_PACKAGE, _KEPT)(
         q.values,
         k.values,
         v.values,
         *arguments(q, k),
-        softmax_scale=scale,
+        softmax_scale=options.scale,
         causal=whole,
         window_size=(-1, -1) if whole else (left, right),
-        softcap=softcap or 0.0,
+        softcap=options.softcap or 0.0,
     )
     return output(q, result)

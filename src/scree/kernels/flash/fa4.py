@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._array import Array
+from .._options import AttentionOptions
 from ._limits import arguments, head_dims, imported, output, refusal, window
 
 _WIDEST = {9: 256, 10: 128, 11: 128}  # major capability -> head dim
@@ -16,9 +17,9 @@ _PACKAGE = "flash_attn.cute"
 _KEPT: dict[str, Any] = {}
 
 
-def why_not(op: str, q: Array, k: Array, v: Array, causal: bool = False, **options: Any) -> str | None:
+def why_not(op: str, q: Array, k: Array, v: Array, sinks: Tensor | None, options: AttentionOptions) -> str | None:
     """Say what speaks against computing this call here."""
-    against = refusal(q, k, v, causal, **options) or head_dims(q, v, max(_WIDEST.values()))
+    against = refusal(q, k, v, sinks, options) or head_dims(q, v, max(_WIDEST.values()))
     if against is not None:
         return against
     if (width := q.values.shape[2]) not in _TESTED:
@@ -30,21 +31,9 @@ def why_not(op: str, q: Array, k: Array, v: Array, causal: bool = False, **optio
     return function if isinstance(function, str) else head_dims(q, v, _WIDEST[major])
 
 
-def varlen_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    causal: bool = False,
-    *,
-    scale: float,
-    window_size: tuple[int | None, int | None],
-    softcap: float | None,
-    sinks: Tensor | None,
-    return_lse: bool,
-    deterministic: bool,
-) -> Array:
+def attend(q: Array, k: Array, v: Array, sinks: Tensor | None, options: AttentionOptions) -> Array:
     """Compute `scree.kernels.varlen_attention` by FlashAttention-4."""
-    left, right = window(causal, window_size, None)
+    left, right = window(options, None)
     whole = (left, right) == (None, 0)
     cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = arguments(q, k)
     result = imported(_PACKAGE, _KEPT)(
@@ -55,9 +44,9 @@ def varlen_attention(
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=longest_q,
         max_seqlen_k=longest_k,
-        softmax_scale=scale,
+        softmax_scale=options.scale,
         causal=whole,
         window_size=(None, None) if whole else (left, right),
-        softcap=softcap or 0.0,
+        softcap=options.softcap or 0.0,
     )
     return output(q, result)

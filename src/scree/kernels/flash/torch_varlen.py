@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..._array import Array
+from .._options import AttentionOptions
 from ._limits import arguments, head_dims, output, refusal, window
 
 _WIDEST = 256
@@ -27,28 +28,16 @@ def _function() -> tuple[Any, tuple[str, ...]]:
     return _KEPT["function"], _KEPT["parameters"]
 
 
-def why_not(op: str, q: Array, k: Array, v: Array, causal: bool = False, **options: Any) -> str | None:
+def why_not(op: str, q: Array, k: Array, v: Array, sinks: Tensor | None, options: AttentionOptions) -> str | None:
     """Say what speaks against computing this call here."""
     if "window_size" not in _function()[1]:
         return "needs torch.nn.attention.varlen.varlen_attn with windows, of PyTorch 2.11 or newer"
-    if options["softcap"] is not None:
+    if options.softcap is not None:
         return "it takes no softcap"
-    return head_dims(q, v, _WIDEST) or refusal(q, k, v, causal, **options)
+    return head_dims(q, v, _WIDEST) or refusal(q, k, v, sinks, options)
 
 
-def varlen_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    causal: bool = False,
-    *,
-    scale: float,
-    window_size: tuple[int | None, int | None],
-    softcap: float | None,
-    sinks: Tensor | None,
-    return_lse: bool,
-    deterministic: bool,
-) -> Array:
+def attend(q: Array, k: Array, v: Array, sinks: Tensor | None, options: AttentionOptions) -> Array:
     """Compute `scree.kernels.varlen_attention` by PyTorch's own kernel."""
     function, parameters = _function()
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in parameters else {}
@@ -56,5 +45,5 @@ def varlen_attention(
         grouped = {}
     tensors = q.values, k.values, v.values
     return output(
-        q, function(*tensors, *arguments(q, k), scale=scale, window_size=window(causal, window_size, -1), **grouped)
+        q, function(*tensors, *arguments(q, k), scale=options.scale, window_size=window(options, -1), **grouped)
     )

@@ -11,20 +11,23 @@ from typing import Any
 import jax
 
 from ..._array import Array
+from .._options import AttentionOptions
 
-__all__ = ["varlen_attention"]
+__all__ = ["attend"]
 
 _WIDEST = 256
 
 
-def varlen_attention(*args: Any, **options: Any) -> tuple[Array, Array] | Array:
+def attend(
+    q: Array, k: Array, v: Array, sinks: jax.Array | None, options: AttentionOptions
+) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`; Pallas is imported where it is used first."""
-    from ._attention import varlen_attention as attend
+    from . import _attention
 
-    return attend(*args, **options)
+    return _attention.attend(q, k, v, sinks, options)
 
 
-def why_not(op: str, q: Array, k: Array, v: Array, *args: Any, **options: Any) -> str | None:
+def why_not(op: str, q: Array, k: Array, v: Array, *args: Any) -> str | None:
     """Say what speaks against computing this call here, from metadata alone."""
     widest = max(q.values.shape[2], v.values.shape[2])
     if widest > _WIDEST:

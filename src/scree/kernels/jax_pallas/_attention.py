@@ -16,7 +16,7 @@ from jax import Array as Dense
 from jax import lax
 
 from ..._array import Array
-from .._rows import sides
+from .._options import AttentionOptions
 from ..jax_xla import _attention as portable
 from ..jax_xla._tiles import safe, tiles_of
 from . import _kernels
@@ -65,36 +65,18 @@ def _cut(kernel: str, q: Dense, v: Dense) -> _Cut:
 
 
 class _Fixed(NamedTuple):
-    """The options of the op that a program is compiled for."""
+    """What a program is compiled for."""
 
-    scale: float
-    left: int | None
-    right: int | None
-    softcap: float | None
+    options: AttentionOptions
     interpret: bool
 
-    def portable(self) -> Any:
-        return portable._Options(self.scale, self.left, self.right, self.softcap)
 
-
-def varlen_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    causal: bool = False,
-    *,
-    scale: float,
-    window_size: tuple[int | None, int | None],
-    softcap: float | None,
-    sinks: Dense | None,
-    return_lse: bool,
-    deterministic: bool,
-) -> tuple[Array, Array] | Array:
+def attend(q: Array, k: Array, v: Array, sinks: Dense | None, options: AttentionOptions) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`, in one pass over the tiles that any query sees."""
-    fixed = _Fixed(scale, *sides(causal, window_size), softcap, INTERPRET)
-    o, lse = _compute(q.values, k.values, v.values, q.offsets, k.offsets, sinks, fixed, return_lse)
+    fixed = _Fixed(portable.compiled_for(options), INTERPRET)
+    o, lse = _compute(q.values, k.values, v.values, q.offsets, k.offsets, sinks, fixed, options.return_lse)
     out = q.with_values(o)
-    return (out, q.with_values(lse)) if return_lse else out
+    return (out, q.with_values(lse)) if options.return_lse else out
 
 
 @partial(jax.jit, static_argnames=("fixed", "return_lse"))
@@ -109,7 +91,7 @@ def _compute(
     return_lse: bool,
 ) -> tuple[Dense, Dense | None]:
     if q_offsets.shape[0] == 1 or 0 in (*q.shape, *k.shape, *v.shape):  # nothing that a kernel could be given
-        return portable._compute(q, k, v, q_offsets, k_offsets, sinks, fixed.portable())
+        return portable._compute(q, k, v, q_offsets, k_offsets, sinks, fixed.options)
     q_offsets, k_offsets = safe(q_offsets, q.shape[0]), safe(k_offsets, k.shape[0])
     o, lse = _attend(fixed, q, k, v, sinks, q_offsets, k_offsets)
     if not return_lse:
@@ -144,9 +126,11 @@ def _launch(
 ) -> Any:
     offsets, total, other = sides
     cut = _cut(kernel, q, v)
-    of = (fixed.right, fixed.left) if kernel == "backward_kv" else (fixed.left, fixed.right)
+    given_ = fixed.options
+    left, right = given_.sides
+    of = (right, left) if kernel == "backward_kv" else (left, right)
     tiles = _tiles(offsets, total, other, of, cut.rows)
-    options = Options(*fixed[:4], group=group, rows=cut.rows, step=cut.step)
+    options = Options(given_.scale, left, right, given_.softcap, group, cut.rows, cut.step)
     launch = Launch(heads, cut.warps, cut.stages, fixed.interpret)
     return _kernels.call(getattr(_kernels, kernel), options, launch, out, tiles, *given)
 
@@ -224,10 +208,10 @@ def _kernel_backward(
 
 
 def _tiles_forward(fixed: _Fixed, *given: Any) -> tuple[Dense, Dense]:
-    o, lse = portable._attend(fixed.portable(), *given)
+    o, lse = portable._attend(fixed.options, *given)
     return o, lse.T
 
 
 def _tiles_backward(fixed: _Fixed, *given: Any) -> tuple[Any, ...]:
     *arrays, o, lse, g, g_lse = given
-    return portable._backward(fixed.portable(), (*arrays, o, lse.T), (g, g_lse.T))[:4]
+    return portable._backward(fixed.options, (*arrays, o, lse.T), (g, g_lse.T))[:4]

@@ -24,7 +24,7 @@ from jax import Array as Dense
 from jax import lax
 
 from ..._array import Array
-from .._rows import sides
+from .._options import AttentionOptions
 from ._tiles import Tile, at, longer, put, safe, tiles_of
 
 _TILE = 64  # tokens: XLA cuts the scores of more in two for its threads, and waits for both
@@ -32,36 +32,21 @@ _INF = float("inf")
 _custom_vjp: Any = jax.custom_vjp  # whose types lose those of what it decorates
 
 
-class _Options(NamedTuple):
-    scale: float
-    left: int | None
-    right: int | None
-    softcap: float | None
-
-
-def varlen_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    causal: bool = False,
-    *,
-    scale: float,
-    window_size: tuple[int | None, int | None],
-    softcap: float | None,
-    sinks: Dense | None,
-    return_lse: bool,
-    deterministic: bool,
-) -> tuple[Array, Array] | Array:
+def attend(q: Array, k: Array, v: Array, sinks: Dense | None, options: AttentionOptions) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`, tile by tile."""
-    options = _Options(scale, *sides(causal, window_size), softcap)
-    o, lse = _compute(q.values, k.values, v.values, q.offsets, k.offsets, sinks, options)
+    o, lse = _compute(q.values, k.values, v.values, q.offsets, k.offsets, sinks, compiled_for(options))
     out = q.with_values(o)
-    return (out, q.with_values(lse)) if return_lse else out
+    return (out, q.with_values(lse)) if options.return_lse else out
+
+
+def compiled_for(options: AttentionOptions) -> AttentionOptions:
+    """The options without what makes no other program here, so that none is compiled twice."""
+    return options._replace(causal=False, window_size=options.sides, return_lse=False, deterministic=True)
 
 
 @partial(jax.jit, static_argnames="options")
 def _compute(
-    q: Dense, k: Dense, v: Dense, q_offsets: Dense, k_offsets: Dense, sinks: Dense | None, options: _Options
+    q: Dense, k: Dense, v: Dense, q_offsets: Dense, k_offsets: Dense, sinks: Dense | None, options: AttentionOptions
 ) -> tuple[Dense, Dense]:
     if q_offsets.shape[0] == 1 or q.shape[0] == 0:
         nothing = jnp.sum(q) + jnp.sum(k) + jnp.sum(v)  # keeps a place for the gradient, which is 0
@@ -90,7 +75,7 @@ class _Pair(NamedTuple):
     last: Dense
 
 
-def _pair(options: _Options, tile: Tile, q_offsets: Dense, k_offsets: Dense) -> _Pair:
+def _pair(options: AttentionOptions, tile: Tile, q_offsets: Dense, k_offsets: Dense) -> _Pair:
     """Find the tiles of keys, from `first` to before `last` of the row, that any query of the tile sees."""
     n = q_offsets[tile.row + 1] - q_offsets[tile.row]
     m = k_offsets[tile.row + 1] - k_offsets[tile.row]
@@ -110,7 +95,7 @@ def _inside(start: Dense, length: Dense) -> Dense:
     return start + jnp.arange(_TILE, dtype=start.dtype) < length
 
 
-def _seen(options: _Options, pair: _Pair, j: Dense) -> Dense:
+def _seen(options: AttentionOptions, pair: _Pair, j: Dense) -> Dense:
     """(_TILE, _TILE): which keys of the j-th tile each query sees; none beyond the row."""
     places = jnp.arange(_TILE, dtype=j.dtype)
     i, key = pair.tile.number * _TILE + places[:, None], j * _TILE + places[None, :]
@@ -160,7 +145,7 @@ def _written(x: Dense, start: Dense, part: Dense, inside: Dense) -> Dense:
     return put(x, 0, begin, jnp.where(before, at(x, 0, begin, _TILE), moved))
 
 
-def _scores(options: _Options, q: Dense, k: Dense) -> tuple[Dense, Dense | None]:
+def _scores(options: AttentionOptions, q: Dense, k: Dense) -> tuple[Dense, Dense | None]:
     """s, (K, G * _TILE, _TILE), and with a softcap t."""
     s = _dot(q, k, (2, 2)) * options.scale
     if options.softcap is None:
@@ -181,7 +166,7 @@ def _logits(sinks: Dense, kv_heads: int, dtype: Any) -> Dense:
 
 @partial(_custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    options: _Options, q: Dense, k: Dense, v: Dense, sinks: Dense | None, q_offsets: Dense, k_offsets: Dense
+    options: AttentionOptions, q: Dense, k: Dense, v: Dense, sinks: Dense | None, q_offsets: Dense, k_offsets: Dense
 ) -> tuple[Dense, Dense]:
     """o (T, H, D_v) and lse (T, H); 0 and -inf (or the sink) where a query sees no key."""
     total, heads, _ = q.shape
@@ -226,12 +211,12 @@ def _attend(
     return o[:total], lse[:total]
 
 
-def _forward(options: _Options, *given: Dense) -> tuple[tuple[Dense, Dense], tuple[Any, ...]]:
+def _forward(options: AttentionOptions, *given: Dense) -> tuple[tuple[Dense, Dense], tuple[Any, ...]]:
     o, lse = _attend(options, *given)
     return (o, lse), (*given, o, lse)
 
 
-def _backward(options: _Options, kept: tuple[Any, ...], grads: tuple[Dense, Dense]) -> tuple[Any, ...]:
+def _backward(options: AttentionOptions, kept: tuple[Any, ...], grads: tuple[Dense, Dense]) -> tuple[Any, ...]:
     q, k, v, sinks, q_offsets, k_offsets, o, lse = kept
     grad_o, grad_lse = grads
     total, heads, dim = q.shape

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from ..._array import CONCRETE_OFFSETS, Array
-from ._attention import varlen_attention
+from ._attention import attend
 from ._norm import varlen_layernorm, varlen_rmsnorm
 from ._segments import varlen_reduce, varlen_softmax
 
-__all__ = ["varlen_attention", "varlen_layernorm", "varlen_reduce", "varlen_rmsnorm", "varlen_softmax"]
+__all__ = ["attend", "varlen_layernorm", "varlen_reduce", "varlen_rmsnorm", "varlen_softmax"]
 
 _BY_LENGTH = ("varlen_attention", "varlen_reduce", "varlen_softmax")
 

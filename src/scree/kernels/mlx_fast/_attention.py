@@ -12,29 +12,20 @@ import numpy as np
 from ..._array import Array
 from ..._backends._protocol import HostArray
 from ..._backends.mlx import exp, on_cpu
-from .._rows import TOGETHER, Span, pairs_alike, sides, spans, visible
+from .._options import AttentionOptions
+from .._rows import TOGETHER, Span, pairs_alike, spans, visible
 from ._common import in_order, of_host, taken, wide
 
 _QUERIES, _QUERIES_CPU = 256, 64  # at a time: fewer leave out more keys that a mask hides, and are more calls
 _INF = float("inf")
 
 
-def varlen_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    causal: bool = False,
-    *,
-    scale: float,
-    window_size: tuple[int | None, int | None],
-    softcap: float | None,
-    sinks: mx.array | None,
-    return_lse: bool,
-    deterministic: bool,  # noqa: ARG001, it always is
+def attend(
+    q: Array, k: Array, v: Array, sinks: mx.array | None, options: AttentionOptions
 ) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`, rows of one length together."""
     op = "varlen_attention"
-    limits = sides(causal, window_size)
+    limits, scale, softcap = options.sides, options.scale, options.softcap
     heads, kv_heads, v_dim = q.values.shape[1], *v.values.shape[1:]
     q_offsets, k_offsets = q._host_offsets(op), k._host_offsets(op)
     total = q.total_length
@@ -69,7 +60,7 @@ def varlen_attention(
     else:
         o, lse = in_order(outs, places, total), in_order(lses, places, total)
     out = q.with_values(o.astype(q.values.dtype))
-    return (out, q.with_values(lse.astype(mx.float32))) if return_lse else out
+    return (out, q.with_values(lse.astype(mx.float32))) if options.return_lse else out
 
 
 def _places(starts: HostArray, span: Span) -> HostArray:

@@ -11,14 +11,14 @@ from typing import Any
 import mlx.core as mx
 
 from ..._array import Array
-from ._attention import varlen_attention
+from ._attention import attend
 
-__all__ = ["varlen_attention"]
+__all__ = ["attend"]
 
 _MOST = 256  # elements of a head that the lanes of a simdgroup hold in their registers
 
 
-def why_not(op: str, q: Array, k: Array, v: Array, **options: Any) -> str | None:
+def why_not(op: str, q: Array, k: Array, v: Array, *args: Any) -> str | None:
     """Say what speaks against computing this call here."""
     if not mx.metal.is_available():
         return (

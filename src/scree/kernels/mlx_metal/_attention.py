@@ -10,48 +10,29 @@ import mlx.core as mx
 
 from ..._array import Array
 from .. import mlx_fast
-from .._rows import sides
+from .._options import AttentionOptions
 from ._source import HEADER, INPUTS, LANES, OUTPUTS, ROWS, SOURCE
 
 
-def varlen_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    causal: bool = False,
-    *,
-    scale: float,
-    window_size: tuple[int | None, int | None],
-    softcap: float | None,
-    sinks: mx.array | None,
-    return_lse: bool,
-    deterministic: bool,
+def attend(
+    q: Array, k: Array, v: Array, sinks: mx.array | None, options: AttentionOptions
 ) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`; offsets stay on the device, but for a gradient."""
-    options: dict[str, Any] = {
-        "scale": scale,
-        "softcap": softcap,
-        "window_size": window_size,
-        "deterministic": deterministic,
-    }
 
     def by_rows(q_values: mx.array, k_values: mx.array, v_values: mx.array, *sink: mx.array) -> list[mx.array]:
         arrays = q.with_values(q_values), k.with_values(k_values), v.with_values(v_values)
-        pair: Any = mlx_fast.varlen_attention(
-            *arrays, causal, sinks=sink[0] if sink else None, return_lse=True, **options
-        )
+        pair: Any = mlx_fast.attend(*arrays, sink[0] if sink else None, options._replace(return_lse=True))
         return [pair[0].values, pair[1].values]
 
     values = [q.values, k.values, v.values] + ([] if sinks is None else [sinks])
     if not (q.batch_size and q.values.size and k.values.size):
         out, lse = by_rows(*values)
     else:
-        limits = sides(causal, window_size)
         out, lse = _with_gradient_of(
             by_rows,
-            lambda *given: _launch(*given, offsets=(q.offsets, k.offsets), limits=limits, scale=scale, softcap=softcap),
+            lambda *given: _launch(*given, offsets=(q.offsets, k.offsets), options=options),
         )(*values)
-    return (q.with_values(out), q.with_values(lse)) if return_lse else q.with_values(out)
+    return (q.with_values(out), q.with_values(lse)) if options.return_lse else q.with_values(out)
 
 
 def _with_gradient_of(slow: Callable[..., list[mx.array]], fast: Callable[..., list[mx.array]]) -> Any:
@@ -80,15 +61,13 @@ def _launch(
     sinks: mx.array | None = None,
     *,
     offsets: tuple[mx.array, mx.array],
-    limits: tuple[int | None, int | None],
-    scale: float,
-    softcap: float | None,
+    options: AttentionOptions,
 ) -> list[mx.array]:
     (tokens, heads, dim), (keys, kv_heads, v_dim) = q.shape, v.shape
     far = tokens + keys  # beyond every place: no limit
-    left, right = (far if side is None else min(side, far) for side in limits)
+    left, right = (far if side is None else min(side, far) for side in options.sides)
     sizes = mx.array([tokens, keys, offsets[0].size - 1, heads, kv_heads, left, right], mx.int64)
-    factors = mx.array([scale, softcap or 0.0], mx.float32)
+    factors = mx.array([options.scale, options.softcap or 0.0], mx.float32)
     sinks = mx.full((heads,), -float("inf")) if sinks is None else sinks.astype(mx.float32)
     return _kernel()(
         inputs=[q, k, v, *offsets, sinks, sizes, factors],

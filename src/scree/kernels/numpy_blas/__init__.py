@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._attention import varlen_attention
+from ._attention import attend
 from ._norm import varlen_layernorm, varlen_rmsnorm
 from ._rope import varlen_rope
 from ._segments import varlen_reduce, varlen_softmax
 
-__all__ = ["varlen_attention", "varlen_layernorm", "varlen_reduce", "varlen_rmsnorm", "varlen_rope", "varlen_softmax"]
+__all__ = ["attend", "varlen_layernorm", "varlen_reduce", "varlen_rmsnorm", "varlen_rope", "varlen_softmax"]
 
 
 def why_not(op: str, *args: Any, **options: Any) -> str | None:

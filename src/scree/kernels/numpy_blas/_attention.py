@@ -12,7 +12,8 @@ import numpy as np
 
 from ..._array import Array
 from ..._backends._protocol import HostArray
-from .._rows import Span, pairs_alike, sides, spans, visible
+from .._options import AttentionOptions
+from .._rows import Span, pairs_alike, spans, visible
 from ._common import Scratch, wide
 
 _QUERIES = 64  # at a time: of a causal row, half as many keys are computed and hidden
@@ -31,22 +32,12 @@ def _gathered(x: HostArray, starts: list[int], n: int, memory: Scratch, scale: f
     return out
 
 
-def varlen_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    causal: bool = False,
-    *,
-    scale: float,
-    window_size: tuple[int | None, int | None],
-    softcap: float | None,
-    sinks: HostArray | None,
-    return_lse: bool,
-    deterministic: bool,  # noqa: ARG001, it always is
+def attend(
+    q: Array, k: Array, v: Array, sinks: HostArray | None, options: AttentionOptions
 ) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`, block by block."""
     op = "varlen_attention"
-    limits = sides(causal, window_size)
+    limits, scale, softcap, return_lse = options.sides, options.scale, options.softcap, options.return_lse
     (total, heads, _), (_, kv_heads, v_dim) = q.values.shape, v.values.shape
     q_offsets, k_offsets = q._host_offsets(op), k._host_offsets(op)
     dtype = wide(q.values)

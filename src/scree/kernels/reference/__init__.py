@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from ..._array import CONCRETE_OFFSETS, Array
-from ._attention import varlen_attention
+from ._attention import attend, varlen_attention
 from ._norm import varlen_layernorm, varlen_rmsnorm
 from ._reduce import varlen_reduce
 from ._rope import varlen_rope
 from ._softmax import varlen_softmax
 
 __all__ = [
+    "attend",
     "varlen_attention",
     "varlen_layernorm",
     "varlen_reduce",

@@ -5,38 +5,14 @@ from __future__ import annotations
 from ..._array import Array
 from ..._backends import Backend, Dense
 from .. import _contract
-from .._contract import AttentionOptions
+from .._options import AttentionOptions
 from ._common import joined, rows_of
 
 _INF = float("inf")
 
 
-def varlen_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    causal: bool = False,
-    *,
-    scale: float | None = None,
-    window_size: tuple[int | None, int | None] = (None, None),
-    softcap: float | None = None,
-    sinks: Dense | None = None,
-    return_lse: bool = False,
-    deterministic: bool = True,
-) -> tuple[Array, Array] | Array:
+def attend(q: Array, k: Array, v: Array, sinks: Dense | None, options: AttentionOptions) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`, one sequence after the other."""
-    options = _contract.attention(
-        q,
-        k,
-        v,
-        causal,
-        scale=scale,
-        window_size=window_size,
-        softcap=softcap,
-        sinks=sinks,
-        return_lse=return_lse,
-        deterministic=deterministic,
-    )
     xp = q._xp
     op = "varlen_attention"
     sink = None if sinks is None else xp.upcast(sinks)
@@ -48,9 +24,12 @@ def varlen_attention(
         lses.append(lse)
     heads, v_dim = q.values.shape[1], v.values.shape[2]
     result = q.with_values(xp.cast_like(joined(q, outputs, (heads, v_dim)), q.values))
-    if not return_lse:
+    if not options.return_lse:
         return result
     return result, q.with_values(xp.astype(joined(q, lses, (heads,)), "float32"))
+
+
+varlen_attention = _contract.checked(attend)
 
 
 def _attend(
@@ -91,9 +70,7 @@ def _attend(
 
 def _visible(xp: Backend, n: int, m: int, options: AttentionOptions, like: Dense) -> Dense | None:
     """(n, m), bool: which keys each query sees; None where it sees all."""
-    left, right = options.window_size
-    if options.causal:
-        right = 0 if right is None else min(right, 0)
+    left, right = options.sides
     if left is None and right is None:
         return None
     p = xp.arange(n, like)[:, None] + (m - n)

@@ -10,16 +10,11 @@ from torch import Tensor
 
 from ..._array import Array
 from ..._backends._protocol import HostInts
-from .._rows import sides
+from .._options import FLAT_SCHEMA, AttentionOptions, FlatOptions
 from . import _dense, _flash
 from ._common import Operator, host, offsets_of, wide
 
-_NO_LIMIT = -1
 _Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]
-
-
-def _limits(left: int, right: int) -> tuple[int | None, int | None]:
-    return (None if left == _NO_LIMIT else left), (None if right == _NO_LIMIT else right)
 
 
 def _has_kernel(q: Tensor) -> bool:
@@ -38,24 +33,20 @@ def _forward(
     q_offsets: Tensor,
     k_offsets: Tensor,
     sinks: Tensor | None,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    with_lse: bool,
-    *,
+    *flat: Any,
     differentiable: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """o (T, H, D_v) and lse (T, H), in the wide dtype; zeros beyond the last row.
 
     o may be in the dtype of q where no backward reads it, and lse is of no size where neither the caller nor the backward reads it.
     """
-    limits = _limits(left, right)
+    options = FlatOptions(*flat)
+    limits, scale, softcap = options.sides, options.scale, options.softcap
     bounds = _bounds(q_offsets, k_offsets)
     if softcap or not _has_kernel(q):
         o, lse = _dense.forward(q, k, v, *bounds, scale, limits, softcap)
     else:
-        lse_is_read = with_lse or differentiable or sinks is not None
+        lse_is_read = options.return_lse or differentiable or sinks is not None
         rounded = not differentiable and sinks is None  # else it is read once more
         o, lse = _flash.forward(q, k, v, *bounds, scale, limits, lse_is_read, rounded)
     if sinks is not None:
@@ -78,16 +69,13 @@ def _backward(
     q_offsets: Tensor,
     k_offsets: Tensor,
     sinks: Tensor | None,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    with_lse: bool,
+    *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtypes of q, k, v, and dsinks (of no size without sinks)."""
-    limits = _limits(left, right)
+    options = FlatOptions(*flat)
+    limits, scale, softcap = options.sides, options.scale, options.softcap
     bounds = _bounds(q_offsets, k_offsets)
-    g_lse = grad_lse if with_lse else None
+    g_lse = grad_lse if options.return_lse else None
     if softcap or not _has_kernel(q):
         dq, dk, dv = _dense.backward(grad_o, g_lse, q, k, v, o, lse, *bounds, scale, limits, softcap)
     else:
@@ -102,9 +90,8 @@ def _backward(
     return dq, dk, dv, weight.mul_(pull).sum(0).to(sinks.dtype)
 
 
-_SCALARS = "float scale, SymInt left, SymInt right, float softcap, bool with_lse"
 _INPUTS = "Tensor q, Tensor k, Tensor v"
-_REST = f"Tensor q_offsets, Tensor k_offsets, Tensor? sinks, {_SCALARS}"
+_REST = f"Tensor q_offsets, Tensor k_offsets, Tensor? sinks, {FLAT_SCHEMA}"
 
 attention_bwd = Operator(
     "varlen_attention_backward",
@@ -114,14 +101,14 @@ attention_bwd = Operator(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, q_offsets, k_offsets, sinks, *ctx.scalars = inputs
+    q, k, v, q_offsets, k_offsets, sinks, *ctx.flat = inputs
     ctx.save_for_backward(q, k, v, *output, q_offsets, k_offsets, sinks)
 
 
 def _grads(ctx: Any, grad_o: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, sinks = ctx.saved_tensors
-    dq, dk, dv, dsinks = attention_bwd(grad_o, grad_lse, *tensors, sinks, *ctx.scalars)
-    return (dq, dk, dv, None, None, None if sinks is None else dsinks, *(None,) * len(ctx.scalars))
+    dq, dk, dv, dsinks = attention_bwd(grad_o, grad_lse, *tensors, sinks, *ctx.flat)
+    return (dq, dk, dv, None, None, None if sinks is None else dsinks, *(None,) * len(ctx.flat))
 
 
 attention = Operator(
@@ -149,23 +136,12 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
-def varlen_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    causal: bool = False,
-    *,
-    scale: float,
-    window_size: tuple[int | None, int | None],
-    softcap: float | None,
-    sinks: Tensor | None,
-    return_lse: bool,
-    deterministic: bool,
+def attend(
+    q: Array, k: Array, v: Array, sinks: Tensor | None, options: AttentionOptions
 ) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`, one sequence after the other, each without its neighbours' memory."""
     op = "varlen_attention"
     q_offsets = offsets_of(op, q)
-    left, right = (_NO_LIMIT if side is None else side for side in sides(causal, window_size))
     o, lse = attention(
         q.values,
         k.values,
@@ -173,11 +149,7 @@ def varlen_attention(
         q_offsets,
         q_offsets if k.offsets is q.offsets else offsets_of(op, k),
         sinks,
-        scale,
-        left,
-        right,
-        softcap or 0.0,
-        return_lse,
+        *options.flat(),
     )
     out = q.with_values(o.to(q.dtype))
-    return (out, q.with_values(lse.to(torch.float32))) if return_lse else out
+    return (out, q.with_values(lse.to(torch.float32))) if options.return_lse else out

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ... import _backends
 from ..._array import Array
 from ..._backends import Backend
+from .._options import AttentionOptions
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,13 @@ _HOSTS = {
 }
 
 _LOADED: dict[str, Any] = {}
+
+
+def attend(
+    q: Array, k: Array, v: Array, sinks: torch.Tensor | None, options: AttentionOptions
+) -> tuple[Array, Array] | Array:
+    """Compute `scree.kernels.varlen_attention`, whose arguments were checked."""
+    return _host("varlen_attention").attend(q, k, v, sinks, options)
 
 
 def varlen_attention(q: Array, k: Array, v: Array, causal: bool = False, **options: Any) -> tuple[Array, Array] | Array:

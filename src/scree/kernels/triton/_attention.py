@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from ..._array import Array
 from ..._offsets import Structure
 from .. import _contract
+from .._options import AttentionOptions, FlatOptions
 from . import _attention_calls as _calls
 from . import _attention_launch as _launch
-from ._attention_launch import Options
 from ._attention_ops import Transformed
 from ._launch import is_plain, is_transformed, refuse_device
 from ._tiles import Kept
@@ -22,7 +23,7 @@ _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _OP = "varlen_attention"
 
 
-def why_not(op: str, q: Array, k: Array, v: Array, *args: Any, **options: Any) -> str | None:
+def why_not(op: str, q: Array, k: Array, v: Array, *args: Any) -> str | None:
     """Say what speaks against computing this call here."""
     for name, arr in (("q", q), ("v", v)):
         width = arr.values.shape[2]
@@ -31,55 +32,30 @@ def why_not(op: str, q: Array, k: Array, v: Array, *args: Any, **options: Any) -
     return None
 
 
-def varlen_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    causal: bool = False,
-    *,
-    scale: float | None = None,
-    window_size: tuple[int | None, int | None] = (None, None),
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    return_lse: bool = False,
-    deterministic: bool = True,
+def attend(
+    q: Array, k: Array, v: Array, sinks: torch.Tensor | None, options: AttentionOptions
 ) -> tuple[Array, Array] | Array:
-    """Compute `scree.kernels.varlen_attention`, whose arguments the front door has checked."""
-    queries: torch.Tensor = q._values
-    options = Options.of(causal, scale, window_size, softcap, deterministic, queries.shape[2])
-    o, lse = _attend(
-        queries,
-        k._values,
-        v._values,
-        sinks,
-        q._offsets,
-        k._offsets,
-        options,
-        q._structure.derived,
-        k._structure.derived,
-        return_lse,
-    )
-    result = Array._make(o, q._offsets, 0, q._structure)
-    return (result, Array._make(lse.t(), q._offsets, 0, q._structure)) if return_lse else result
+    """Compute `scree.kernels.varlen_attention`, whose arguments were checked."""
+    home, structure, return_lse = q._offsets, q._structure, options.return_lse
+    derived = structure.derived, k._structure.derived
+    o, lse = _attend(q._values, k._values, v._values, sinks, home, k._offsets, options.flat(), *derived, return_lse)
+    result = Array._make(o, home, 0, structure)
+    return (result, Array._make(lse.t(), home, 0, structure)) if return_lse else result
+
+
+varlen_attention = _contract.checked(attend)
 
 
 def bind(arrays: tuple[Array, ...], options: dict[str, Any]) -> Callable[..., Any]:
-    """`varlen_attention` of Arrays on the same offsets that agree with these in dtypes, shapes and devices."""
+    """`attend` for Arrays on the same offsets that agree with these in dtypes, shapes and devices."""
     q = arrays[0]
-    resolved = Options.of(
-        options["causal"],
-        options["scale"],
-        options["window_size"],
-        options["softcap"],
-        options["deterministic"],
-        q._values.shape[2],
-    )
-    return_lse = options["return_lse"]
+    resolved: FlatOptions = options["options"].flat()
+    return_lse = resolved.return_lse
     home, kept = q._offsets, _kept_with(q._offsets, q._structure.derived)
     about = tuple((arr._values.shape, arr._values.dtype) for arr in arrays), resolved
     token = object() if kept is None else kept.setdefault(about, object())  # stands for what is the same in every call
 
-    def call(q: Array, k: Array, v: Array, *, sinks: torch.Tensor | None = None) -> tuple[Array, Array] | Array:
+    def call(q: Array, k: Array, v: Array, sinks: torch.Tensor | None) -> tuple[Array, Array] | Array:
         x, y, z, offsets, structure = q._values, k._values, v._values, q._offsets, q._structure
         if offsets is home and not torch.is_autocast_enabled("cuda"):
             wanted = _is_differentiated(x, y, z, sinks)
@@ -125,11 +101,21 @@ def varlen_attention_triton(
             made = _calls.again(q, k, v, None, cu_seqlens, cu_seqlens_k, kept, return_lse, same)
             if made is not None:
                 return (made[0], made[1].t()) if return_lse else made[0]
-    if not (plain and _is_sound(*tensors, sinks, scale, window_size, softcap)):
-        scale, window_size, softcap = _checked(
-            q, k, v, cu_seqlens, cu_seqlens_k, causal, scale, window_size, softcap, sinks, return_lse
-        )
-    options = Options.of(causal, scale, window_size, softcap, bool(deterministic), q.shape[2])
+    if plain and _is_sound(*tensors, sinks, scale, window_size, softcap):
+        options = AttentionOptions(
+            1.0 / math.sqrt(q.shape[2]), bool(causal), return_lse=bool(return_lse), deterministic=bool(deterministic)
+        ).flat()
+    else:
+        options = _checked(
+            *tensors,
+            causal,
+            scale=scale,
+            window_size=window_size,
+            softcap=softcap,
+            sinks=sinks,
+            return_lse=return_lse,
+            deterministic=deterministic,
+        ).flat()
     o, lse = _attend(q, k, v, sinks, cu_seqlens, cu_seqlens_k, options, None, None, return_lse, same)
     return (o, lse.t()) if return_lse else o
 
@@ -196,13 +182,9 @@ def _checked(
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
     causal: bool,
-    scale: float | None,
-    window_size: Any,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    return_lse: bool,
-) -> tuple[float | None, tuple[int | None, int | None], float | None]:
-    """Check the arguments as the front door does, with its messages."""
+    **options: Any,
+) -> AttentionOptions:
+    """Check the arguments as the front door does, with its messages; return the options."""
     op = "varlen_attention_triton"
     for name, x in (("q", q), ("k", k), ("v", v), ("cu_seqlens", cu_q), ("cu_seqlens_k", cu_k)):
         if not isinstance(x, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -216,24 +198,14 @@ def _checked(
         if x.ndim != 3:
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; needs (T, heads, head_dim)")
     q_arr, k_arr, v_arr = (Array._make(x, cu, 0, Structure()) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k)))
-    options = _contract.attention(
-        q_arr,
-        k_arr,
-        v_arr,
-        causal,
-        scale=scale,
-        window_size=window_size,
-        softcap=softcap,
-        sinks=sinks,
-        return_lse=return_lse,
-    )
+    found = _contract.attention(q_arr, k_arr, v_arr, causal, **options)
     refuse_device(op, "q", q)
     if q.dtype not in _DTYPES:
         raise NotImplementedError(f"{op}: q has dtype {q.dtype}; serves float16, bfloat16 and float32")
     against = why_not(_OP, q_arr, k_arr, v_arr)
     if against is not None:
         raise NotImplementedError(f"{op}: {against}")
-    return options.scale, options.window_size, options.softcap
+    return found
 
 
 def _kept_with(offsets: torch.Tensor, otherwise: Kept | None) -> Kept | None:
@@ -257,7 +229,7 @@ def _attend(
     sinks: torch.Tensor | None,
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
-    options: Options,
+    options: FlatOptions,
     kept_q: Kept | None,
     kept_k: Kept | None,
     with_lse: bool,

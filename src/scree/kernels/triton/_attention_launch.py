@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from .._options import FlatOptions
 from . import _attention_calls as _calls
 from . import _hopper, _hopper_bwd, _hopper_pair, _tiles
 from ._attention_bwd_kernels import _attention_bwd_dkv_kernel, _attention_bwd_dq_kernel
@@ -17,48 +18,6 @@ from ._tiles import Kept
 from ._views import like
 
 WIDEST = 256
-_NO_LIMIT = -1
-_LONGEST = 1 << 30  # no window reaches further, and sums with it fit in 32 bits
-
-
-class Options(NamedTuple):
-    """The options of one attention, `causal` being a window that does not look to the right.
-
-    Attributes
-    ----------
-    left, right : int
-        The window; -1 for no limit.
-    scale : float
-    softcap : float
-        0 for none.
-    deterministic : bool
-        Whether two backward passes must give the same bits.
-    """
-
-    left: int
-    right: int
-    scale: float
-    softcap: float
-    deterministic: bool = True
-
-    @classmethod
-    def of(
-        cls,
-        causal: bool,
-        scale: float | None,
-        window_size: tuple[int | None, int | None],
-        softcap: float | None,
-        deterministic: bool,
-        head_dim: int,
-    ) -> Options:
-        left, right = window_size
-        return cls(
-            _NO_LIMIT if left is None else min(left, _LONGEST),
-            0 if causal else _NO_LIMIT if right is None else min(right, _LONGEST),
-            head_dim**-0.5 if scale is None else scale,
-            0.0 if softcap is None else softcap,
-            deterministic,
-        )
 
 
 class _Facts(NamedTuple):
@@ -144,7 +103,7 @@ def _planned(
     kernel: str,
     q: torch.Tensor,
     v: torch.Tensor,
-    options: Options,
+    options: FlatOptions,
     strides: tuple[int, ...],
     streamed: tuple[torch.Tensor, torch.Tensor],
     extra: torch.Tensor | None,
@@ -178,7 +137,7 @@ def _plan(
     kernel: str,
     q: torch.Tensor,
     v: torch.Tensor,
-    options: Options,
+    options: FlatOptions,
     strides: tuple[int, ...],
     streamed: tuple[torch.Tensor, torch.Tensor],
     extra: torch.Tensor | None,
@@ -228,7 +187,7 @@ def forward(
     sinks: torch.Tensor | None,
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
-    options: Options,
+    options: FlatOptions,
     kept: Kept | None,
     with_lse: bool = True,
     same: Any = None,
@@ -258,7 +217,7 @@ def _prepare(
     sinks: torch.Tensor | None,
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
-    options: Options,
+    options: FlatOptions,
     kept: Kept | None,
     with_lse: bool,
 ) -> _calls.Call:
@@ -266,7 +225,7 @@ def _prepare(
     total_k, _, v_dim = v.shape
     strides = q.stride()[:2] + k.stride()[:2] + v.stride()[:2]
     regime = _regime(total_k, cu_k)
-    left, right, scale, softcap, _ = options
+    left, right, scale, softcap = options[:4]
     hopper = _hopper.plan(q, k, v, sinks, options, cu_q.shape[0] - 1, regime == LONG, with_lse)
     if hopper is not None:
         launch, rows = hopper
@@ -291,7 +250,7 @@ def backward(
     cu_k: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
-    options: Options,
+    options: FlatOptions,
     kept_q: Kept | None,
     kept_k: Kept | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -330,7 +289,7 @@ def _two_kernels(
     o: torch.Tensor,
     lse: torch.Tensor,
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    options: Options,
+    options: FlatOptions,
     kept_q: Kept | None,
     kept_k: Kept | None,
     regime: int,
@@ -340,7 +299,7 @@ def _two_kernels(
     total, heads, head_dim = q.shape
     total_k, kv_heads, v_dim = v.shape
     delta = torch.empty_like(lse)
-    left, right, scale, softcap, _ = options
+    left, right, scale, softcap = options[:4]
     inputs = q.stride()[:2] + k.stride()[:2] + v.stride()[:2]
 
     strides = inputs + o.stride()[:2] + do.stride()[:2]

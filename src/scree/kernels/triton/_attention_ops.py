@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from .._options import FLAT_SCHEMA, FlatOptions
 from . import _attention_launch as _launch
-from ._attention_launch import Options
 
 
 class Transformed(torch.autograd.Function):
@@ -21,7 +21,7 @@ class Transformed(torch.autograd.Function):
         sinks: torch.Tensor | None,
         cu_q: torch.Tensor,
         cu_k: torch.Tensor,
-        options: Options,
+        options: FlatOptions,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.ops.scree.attention(q, k, v, sinks, cu_q, cu_k, *options)
 
@@ -32,7 +32,7 @@ class Transformed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: torch.Tensor, dlse: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors
-        dq, dk, dv, dsinks = _TransformedBackward.apply(do, dlse, *saved, *ctx.options)  # pyright: ignore[reportGeneralTypeIssues]
+        dq, dk, dv, dsinks = _TransformedBackward.apply(do, dlse, *saved, *ctx.flat)  # pyright: ignore[reportGeneralTypeIssues]
         return dq, dk, dv, None if saved[3] is None else dsinks, None, None, None
 
 
@@ -53,10 +53,9 @@ class _TransformedBackward(torch.autograd.Function):
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor cu_q, Tensor cu_k"
-_OPTIONS = "int left, int right, float scale, float softcap, bool deterministic"
 
 
-@torch.library.custom_op("scree::attention", mutates_args=(), schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
+@torch.library.custom_op("scree::attention", mutates_args=(), schema=f"({_INPUTS}, {FLAT_SCHEMA}) -> (Tensor, Tensor)")
 def _attention_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -64,13 +63,9 @@ def _attention_op(
     sinks: torch.Tensor | None,
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    softcap: float,
-    deterministic: bool,
+    *flat: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _launch.forward(q, k, v, sinks, cu_q, cu_k, Options(left, right, scale, softcap, deterministic), None)
+    return _launch.forward(q, k, v, sinks, cu_q, cu_k, FlatOptions(*flat), None)
 
 
 @_attention_op.register_fake
@@ -81,11 +76,7 @@ def _(
     sinks: torch.Tensor | None,
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    softcap: float,
-    deterministic: bool,
+    *flat: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total, heads, _ = q.shape
     return q.new_empty((total, heads, v.shape[2])), q.new_empty((heads, total), dtype=torch.float32)
@@ -94,7 +85,7 @@ def _(
 @torch.library.custom_op(
     "scree::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor do, Tensor dlse, {_INPUTS}, Tensor o, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor do, Tensor dlse, {_INPUTS}, Tensor o, Tensor lse, {FLAT_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attention_backward_op(
     do: torch.Tensor,
@@ -107,13 +98,9 @@ def _attention_backward_op(
     cu_k: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    softcap: float,
-    deterministic: bool,
+    *flat: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = Options(left, right, scale, softcap, deterministic)
+    options = FlatOptions(*flat)
     dq, dk, dv, dsinks = _launch.backward(do, dlse, q, k, v, sinks, cu_q, cu_k, o, lse, options, None, None)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
@@ -133,15 +120,14 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, sinks, cu_q, cu_k, *options = inputs
+    q, k, v, sinks, cu_q, cu_k, *ctx.flat = inputs
     ctx.save_for_backward(q, k, v, sinks, cu_q, cu_k, *output)
-    ctx.options = options
 
 
 def _backward(ctx: Any, do: torch.Tensor, dlse: torch.Tensor) -> tuple[Any, ...]:
     q, k, v, sinks, cu_q, cu_k, o, lse = ctx.saved_tensors
-    dq, dk, dv, dsinks = torch.ops.scree.attention_backward(do, dlse, q, k, v, sinks, cu_q, cu_k, o, lse, *ctx.options)
-    return dq, dk, dv, None if sinks is None else dsinks, *(None,) * 7
+    dq, dk, dv, dsinks = torch.ops.scree.attention_backward(do, dlse, q, k, v, sinks, cu_q, cu_k, o, lse, *ctx.flat)
+    return dq, dk, dv, None if sinks is None else dsinks, None, None, *(None,) * len(ctx.flat)
 
 
 _attention_op.register_autograd(_backward, setup_context=_setup_context)

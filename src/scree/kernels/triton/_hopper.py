@@ -10,7 +10,7 @@ import triton
 from ._launch import INTERPRETED, Launcher, capability, device_number
 
 if TYPE_CHECKING:
-    from ._attention_launch import Options
+    from .._options import FlatOptions
 
 _MOST_ROWS = 1 << 30  # a box of the copy engine counts its rows up to here
 _MOST_COLUMNS = 1 << 31
@@ -43,7 +43,7 @@ def plan(
     k: torch.Tensor,
     v: torch.Tensor,
     sinks: torch.Tensor | None,
-    options: Options,
+    options: FlatOptions,
     batch: int,
     long: bool,
     with_lse: bool,
@@ -72,7 +72,7 @@ def has_gluon() -> bool:
     return _HAS_GLUON
 
 
-def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, batch: int) -> str | None:
+def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: FlatOptions, batch: int) -> str | None:
     """Say what speaks against the kernel for Hopper: a reason for the portable one."""
     if capability(device_number(q)) != (9, 0):
         return "its instructions are those of sm_90"
@@ -109,7 +109,7 @@ def _constants(
     q: torch.Tensor,
     k: torch.Tensor,
     sinks: torch.Tensor | None,
-    options: Options,
+    options: FlatOptions,
     config: Config,
     long: bool,
     with_lse: bool,

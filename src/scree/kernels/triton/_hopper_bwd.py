@@ -14,7 +14,7 @@ from ._launch import INTERPRETED, Launcher, capability, device_number
 from ._tiles import Kept
 
 if TYPE_CHECKING:
-    from ._attention_launch import Options
+    from .._options import FlatOptions
 
 _MOST_TILES = 1 << 26  # the places of dQ are counted in 32 bits
 _KEYS = 128  # of a tile
@@ -42,7 +42,7 @@ _LAUNCHERS: dict[Any, tuple[Launcher, Launcher, Launcher]] = {}
 
 
 def why_not(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, options: Options, batch: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, options: FlatOptions, batch: int
 ) -> str | None:
     """Say what speaks against the kernels for Hopper: a reason for the portable ones."""
     if INTERPRETED or capability(device_number(q)) != (9, 0):
@@ -75,7 +75,7 @@ def backward(
     o: torch.Tensor,
     lse: torch.Tensor,
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    options: Options,
+    options: FlatOptions,
     kept_q: Kept | None,
     kept_k: Kept | None,
     long: bool,
@@ -134,7 +134,7 @@ def _launchers(
     o: torch.Tensor,
     do: torch.Tensor,
     dlse: torch.Tensor | None,
-    options: Options,
+    options: FlatOptions,
     long: bool,
 ) -> tuple[Launcher, Launcher, Launcher]:
     """What runs before, the main kernel, and what runs after; made at the first call."""

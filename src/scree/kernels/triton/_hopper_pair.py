@@ -12,7 +12,7 @@ from ._launch import INTERPRETED, Launcher, capability, device_number
 from ._tiles import Kept
 
 if TYPE_CHECKING:
-    from ._attention_launch import Options
+    from .._options import FlatOptions
 
 _WIDTH = 64
 _ROWS = 64  # of a tile
@@ -24,7 +24,7 @@ _LAUNCHERS: dict[Any, tuple[Launcher, Launcher]] = {}
 
 
 def why_not(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, do: torch.Tensor, options: Options
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, do: torch.Tensor, options: FlatOptions
 ) -> str | None:
     """Say what speaks against the kernels for Hopper: a reason for the portable ones."""
     if INTERPRETED or capability(device_number(q)) != (9, 0):
@@ -59,7 +59,7 @@ def backward(
     o: torch.Tensor,
     lse: torch.Tensor,
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    options: Options,
+    options: FlatOptions,
     kept_q: Kept | None,
     kept_k: Kept | None,
     long: bool,
