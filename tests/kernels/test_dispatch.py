@@ -11,7 +11,7 @@ from cases import batch
 from expect import raises
 from scree import kernels
 from scree._backends import FRAMEWORKS
-from scree.kernels import _dispatch
+from scree.kernels import _api, _dispatch
 from scree.kernels._dispatch import TABLE, Impl
 
 PUBLIC = [name for name in kernels.__all__ if name.startswith("varlen_") and not name.endswith("_triton")]
@@ -196,8 +196,11 @@ def test_a_weight_is_no_bias(xp):
     np.testing.assert_allclose(xp.to_np(shifted.values), plain + np.arange(4), rtol=1e-5, atol=1e-6)
 
 
-def test_little_is_kept_of_options_that_change_at_every_call(xp):
+def test_little_is_kept_of_options_that_change_at_every_call(xp, monkeypatch):
+    monkeypatch.setattr(_api, "_MOST_KEPT", 8)
     arr = batch(xp, (1,), (4,))
-    for i in range(300):
+    kept = []
+    for i in range(20):
         kernels.varlen_rmsnorm(arr, eps=1e-6 * (i + 1))
-    assert 0 < len(arr._structure.derived) <= 256
+        kept.append(len(arr._structure.derived))
+    assert 0 < min(kept) and max(kept) <= 8
