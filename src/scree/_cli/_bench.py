@@ -44,7 +44,7 @@ def run(names: list[str], quick: bool, seconds: float | None, output: Path | Non
         raise typer.BadParameter(f"got {each}; needs a number", param_hint="--seconds")
     console = Console()
     contests, missing = _collect(list(dict.fromkeys(names)) or list(bench.FRAMEWORKS), asked=bool(names))
-    contests = _in_turn([contest for contest in contests if contest.quick or not quick])
+    contests = _in_turn([contest for contest in contests if contest.quick]) if quick else contests
     if not contests:
         _fail("found no framework to measure: " + "; ".join(missing))
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
@@ -130,7 +130,7 @@ def _measure(
     rows: list[dict[str, Any]] = []
     stopped = False
     late: list[bench.Contest] = []
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(10), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("what this machine can do", total=len(contests))
         try:
@@ -159,7 +159,7 @@ def _measure(
 def _late(contests: list[bench.Contest]) -> Iterator[str]:
     """Say what the time was too short for."""
     if contests:
-        rows = ", ".join(f"{contest.framework} {contest.op}" for contest in contests)
+        rows = "; ".join(f"{contest.framework} {contest.op}" for contest in contests)
         yield (
             f"Left out, as {QUICK_TOTAL:g} seconds were over: {rows}. With --seconds {QUICK_SECONDS:g} all rows are "
             "measured, however long that takes."
