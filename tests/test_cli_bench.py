@@ -227,3 +227,52 @@ def test_stopped_by_the_user_prints_what_was_measured(finished, monkeypatch):
         assert "scree bench: stopped after 2 of 4 rows" in result.stderr
     else:
         assert "scree bench: stopped before the first row was measured" in result.stderr
+
+
+def two_of_each(monkeypatch, took):
+    """Two contests for NumPy and two for torch, each of which takes so many seconds; return what they were given."""
+    now, given = [0.0], []
+
+    def contests(name):
+        return [bench.Contest(op, name, "w", 1.0, 0, True, dict) for op in ("sum", "max")]
+
+    def measure(contest, rates, seconds):
+        given.append((contest.framework, contest.op, seconds))
+        now[0] += took
+        facts = {"op": contest.op, "framework": contest.framework, "work": contest.work}
+        yield from ({**facts, "impl": name, "ms": 1.0} for name in ("floor", "scree", "peer"))
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: name)
+    monkeypatch.setattr(bench, "contests", contests)
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "measured_rates", lambda: None)
+    monkeypatch.setattr(_bench.time, "monotonic", lambda: now[0])
+    return given
+
+
+def test_a_short_run_ends_in_time_and_says_what_it_left_out(monkeypatch):
+    given = two_of_each(monkeypatch, took=25.0)
+    done = scree_("--quick", "--framework", "numpy", "--framework", "torch")
+    assert done.exit_code == 0, done.output
+    assert [name[:2] for name in given] == [("numpy", "sum"), ("torch", "sum"), ("numpy", "max")]
+    words = " ".join(done.output.split())
+    assert "Left out, as 75 seconds were over: torch max. With --seconds 0.5 all rows are measured" in words
+    assert "in 3 of 3 rows" in words
+    table = done.output.partition("fastest other")[2]
+    assert table.index("max") < table.index("torch")  # by framework, whatever the order was
+
+
+def test_what_time_there_is_is_shared_among_the_rows(monkeypatch):
+    given = two_of_each(monkeypatch, took=24.9)
+    assert scree_("--quick", "--framework", "numpy", "--framework", "torch").exit_code == 0
+    np.testing.assert_allclose([each for *_, each in given], [0.5, 0.5, 0.5, 75 - 3 * 24.9])
+
+
+@pytest.mark.parametrize("arguments", [["--quick", "--seconds", "0.5"], ["--seconds", "0.5"], []], ids=str)
+def test_rows_that_are_asked_for_are_never_left_out(monkeypatch, arguments):
+    given = two_of_each(monkeypatch, took=1000.0)
+    done = scree_(*arguments, "--framework", "numpy", "--framework", "torch")
+    assert done.exit_code == 0, done.output
+    assert len(given) == 4
+    assert {each for *_, each in given} == {0.5 if arguments else _bench.SECONDS}
+    assert "were over" not in done.output

@@ -9,8 +9,9 @@ import pytest
 
 import oracle
 import scree
-from cases import normal
-from expect import assert_same_bits, raises
+from cases import ATTENTION, normal
+from expect import assert_close, assert_same_bits, raises
+from frameworks import NumPy
 from scree import kernels
 from scree.kernels import _dispatch, numba_loops
 
@@ -85,6 +86,54 @@ def test_it_is_what_numpy_gets():
     assert_same_bits(rope(a, None), rope(a))
     for name in CALLS:
         assert_same_bits(CALLS[name](a), CALLS[name](a, implementation=NAME))
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+def test_attention_is_that_of_the_reference(case, dtype):
+    *arrays, sinks = case.make(NumPy(np), dtype)
+    got, want = (
+        kernels.varlen_attention(*arrays, return_lse=True, implementation=name, **case.arguments(sinks))
+        for name in (NAME, "reference")
+    )
+    assert_close(got[0].values, want[0].values, dtype)
+    assert_close(got[1].values, want[1].values, "float32")
+
+
+@needs_numba
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 5), (3, 3, 64)])
+def test_attention_of_a_row_alone_at_many_sizes(heads, kv_heads, dim):
+    q, k, v = (arr_of((1, 33, 200, 33, 520), (h, dim), seed) for seed, h in enumerate((heads, kv_heads, kv_heads)))
+    out = kernels.varlen_attention(q, k, v, causal=True)  # what NumPy gets
+    for i, rows in enumerate(zip(q, k, v, strict=True)):
+        mine = [scree.pack([row]) for row in rows]
+        assert_same_bits(kernels.varlen_attention(*mine, causal=True, implementation=NAME).values, out[i])
+
+
+@needs_numba
+def test_exponentials_are_accurate_to_two_units_and_nan_where_numpy_has_it():
+    from scree.kernels.numba_loops import _arrays
+
+    x = np.concatenate([np.linspace(-87.3, 0, 100_001), np.geomspace(1e-8, 80, 100_001) * -1]).astype(np.float32)
+    got = x.copy()[None]
+    total = _arrays._weigh(got, np.zeros((1, 1), np.float32))
+    want = np.exp(x.astype(np.float64))
+    np.testing.assert_allclose(got[0], want, rtol=2 * 2.0**-23)
+    np.testing.assert_allclose(total[0, 0], want.sum(), rtol=1e-5)
+    odd = np.array([[np.nan, -np.inf, -87.5, -1e30, 0.0]], np.float32)
+    _arrays._weigh(odd, np.zeros((1, 1), np.float32))
+    np.testing.assert_array_equal(odd, [[np.nan, 0, 0, 0, 1]])
+
+
+@needs_numba
+def test_attention_in_float64_is_left_to_numpy():
+    a = arr_of((7, 3), (2, 8), dtype=np.float64)
+    assert_same_bits(
+        kernels.varlen_attention(a, a, a).values, kernels.varlen_attention(a, a, a, implementation="numpy_blas").values
+    )
+    with raises(NotImplementedError, "numba: serves dtype float16, float32, got float64"):
+        kernels.varlen_attention(a, a, a, implementation=NAME)
 
 
 @needs_numba

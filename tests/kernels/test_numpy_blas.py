@@ -1,5 +1,6 @@
 """What the room numpy_blas promises beyond the suite: bits at sizes where libraries switch, accuracy, memory."""
 
+import threading
 import tracemalloc
 
 import numpy as np
@@ -10,6 +11,7 @@ import scree
 from cases import normal
 from expect import assert_close, assert_same_bits
 from scree import kernels
+from scree.kernels.numpy_blas import _attention, _threads
 
 pytestmark = pytest.mark.no_poison
 NAME = "numpy_blas"
@@ -95,3 +97,91 @@ def test_attention_needs_memory_of_the_order_of_the_tokens():
     # Four times the tokens: at most four times the memory of the tokens, and never a square of them.
     assert of(4000) <= 4.5 * of(1000)
     assert of(4000) < 4000 * 4000 * 4 / 4 < of(4000, "reference")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's own, of inf - inf
+@pytest.mark.parametrize("implementation", [NAME, pytest.param("numba", marks=pytest.mark.engines)])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [{"causal": True}, {"window_size": (70, 3)}], ids=str)
+def test_a_value_that_is_hidden_does_not_count_whatever_it_is(options, bad, implementation):
+    q, k, v = (arr_of((5, 150, 5), (4 if seed == 0 else 2, 8), seed) for seed in range(3))
+    broken, place = v.values.copy(), 5 + 90
+    broken[[1, place], 0, 3] = bad
+    want = kernels.varlen_attention(q, k, v, implementation=implementation, **options).values
+    got = kernels.varlen_attention(q, k, v.with_values(broken), implementation=implementation, **options).values
+    left, right = (200, 0) if "causal" in options else options["window_size"]
+    token, query = np.arange(160), np.zeros(160, bool)
+    query[max(1 - right, 0) : 5] = True  # of the first row, those that see its second token
+    query |= (token >= max(place - right, 5)) & (token <= min(place + left, 154))
+    seen = np.zeros(got.shape, bool)
+    seen[query, :2, 3] = True  # the heads that read key head 0
+    assert not np.isfinite(got[seen]).any()
+    np.testing.assert_allclose(got[~seen], want[~seen], rtol=2e-5, atol=2e-6)
+    assert_same_bits(got[155:], want[155:])
+
+
+def on_threads(monkeypatch, count):
+    """Compute attention on so many threads, however little there is to compute; return what they were asked for."""
+    asked = []
+
+    def share(tasks, work, threads):
+        asked.append(threads)
+        return _threads.share(tasks, work, threads)
+
+    monkeypatch.setattr(_attention, "available", lambda: count)
+    monkeypatch.setattr(_attention, "_WORTH_THREADS", 0)
+    monkeypatch.setattr(_attention, "share", share)
+    return asked
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (3, 1)])
+@pytest.mark.parametrize("options", [{"causal": True}, {"window_size": (40, 3)}, {}], ids=str)
+def test_the_number_of_threads_does_not_show(monkeypatch, heads, kv_heads, options):
+    q, k, v = (arr_of((700, 3, 0, 3, 130), (h, 16), seed) for seed, h in enumerate((heads, kv_heads, kv_heads)))
+
+    def attend():
+        return kernels.varlen_attention(q, k, v, return_lse=True, implementation=NAME, **options)
+
+    want = attend()
+    for threads in (1, 2, 5):
+        asked = on_threads(monkeypatch, threads)
+        for a, b in zip(attend(), want, strict=True):
+            assert_same_bits(a.values, b.values)
+        assert asked == [threads]
+
+
+def test_few_scores_start_no_threads(monkeypatch):
+    a = arr_of((30, 40), (2, 8))
+    monkeypatch.setattr(_threads, "ThreadPoolExecutor", lambda *_: pytest.fail("threads were started"))
+    kernels.varlen_attention(a, a, a, implementation=NAME)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "want"),
+    [("OMP_NUM_THREADS", "1", 1), ("OPENBLAS_NUM_THREADS", "3", 3), ("OMP_NUM_THREADS", "0", 6), ("X", "1", 6)],
+)
+def test_as_many_threads_as_blas_is_told_to_use(monkeypatch, name, value, want):
+    for known in _threads._LIMITS:
+        monkeypatch.delenv(known, raising=False)
+    monkeypatch.setattr(_threads.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setenv(name, value)
+    assert _threads.available() == want
+
+
+def test_what_goes_wrong_on_another_thread_is_raised_and_what_numpy_is_told_holds_there():
+    here, both = threading.get_ident(), threading.Barrier(2)
+
+    def work(tasks):
+        next(tasks)
+        both.wait(10)  # so that each thread has one
+        if threading.get_ident() != here:
+            np.float32(3e38) * np.float32(10)
+
+    with np.errstate(over="raise"), pytest.raises(FloatingPointError):
+        _threads.share([1, 2], work, 2)
+
+
+def test_every_task_is_computed_once():
+    done = []
+    _threads.share(list(range(500)), done.extend, 4)
+    assert sorted(done) == list(range(500))

@@ -8,6 +8,8 @@ import json
 import math
 import os
 import platform
+import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -25,6 +27,7 @@ from scree import bench
 from scree._backends import FRAMEWORKS
 
 SECONDS, QUICK_SECONDS = 4.0, 0.5  # of rounds for each contest
+QUICK_TOTAL = 75.0  # seconds from the start on after which a short run begins no further contest
 _INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 _BAR = 40  # characters of the longest bar
 _OPTIONAL = {"numba": "numba loops", "awkward": "awkward"}  # packages of peers -> what they bring
@@ -32,6 +35,7 @@ _OPTIONAL = {"numba": "numba loops", "awkward": "awkward"}  # packages of peers 
 
 def run(names: list[str], quick: bool, seconds: float | None, output: Path | None) -> None:
     """Measure, and print the chart and the table; save the rows where that is asked for."""
+    deadline = time.monotonic() + QUICK_TOTAL if quick and seconds is None else math.inf
     _check_names(names)
     if output is not None:
         _check_output(output)
@@ -40,17 +44,17 @@ def run(names: list[str], quick: bool, seconds: float | None, output: Path | Non
         raise typer.BadParameter(f"got {each}; needs a number", param_hint="--seconds")
     console = Console()
     contests, missing = _collect(list(dict.fromkeys(names)) or list(bench.FRAMEWORKS), asked=bool(names))
-    contests = [contest for contest in contests if contest.quick or not quick]
+    contests = _in_turn([contest for contest in contests if contest.quick]) if quick else contests
     if not contests:
         _fail("found no framework to measure: " + "; ".join(missing))
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
-    rows, stopped = _measure(console, contests, each)
+    rows, stopped, late = _measure(console, contests, each, deadline)
     if not rows:
         _fail("stopped before the first row was measured", _INTERRUPTED)
     console.print(Text(f"scree {scree.__version__} on {_machine()}", style="bold"))
     console.print(_chart(rows))
     console.print(_table(rows))
-    for note in _notes(rows, missing, quick, busy):
+    for note in (*_notes(rows, missing, quick, busy), *_late(late)):
         console.print(Text(note, style="dim"))
     if output is not None:
         _save(output, rows)
@@ -106,18 +110,40 @@ def _collect(names: list[str], *, asked: bool) -> tuple[list[bench.Contest], lis
     return found, missing
 
 
-def _measure(console: Console, contests: list[bench.Contest], seconds: float) -> tuple[list[dict[str, Any]], bool]:
-    """The rows, and whether the user stopped it: then those of the contests that were over."""
+def _in_turn(contests: list[bench.Contest]) -> list[bench.Contest]:
+    """The first of each framework, then the second of each: what time is left for is not the last framework's to lose."""
+    turns: Counter[str] = Counter()
+    turn: list[int] = []
+    for contest in contests:
+        turn.append(turns[contest.framework])
+        turns[contest.framework] += 1
+    return [contests[i] for i in sorted(range(len(contests)), key=turn.__getitem__)]
+
+
+def _measure(
+    console: Console, contests: list[bench.Contest], seconds: float, deadline: float
+) -> tuple[list[dict[str, Any]], bool, list[bench.Contest]]:
+    """The rows, by framework; whether the user stopped it, who gets those of the contests that were over; what came too late.
+
+    What time there is until the deadline is shared among the contests that are left, each of which takes up to `seconds`.
+    """
     rows: list[dict[str, Any]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    stopped = False
+    late: list[bench.Contest] = []
+    columns = (TextColumn("{task.description}"), BarColumn(10), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("what this machine can do", total=len(contests))
         try:
             rates = bench.measured_rates()
-            for contest in contests:
+            for i, contest in enumerate(contests):
+                left = deadline - time.monotonic()
+                if left <= 0 and rows:
+                    late = contests[i:]
+                    break
                 progress.update(task, description=f"{contest.framework}: {contest.op}, {contest.work}")
+                each = min(seconds, max(left, 0.0) / (len(contests) - i))
                 try:
-                    rows += list(bench.measure(contest, rates, seconds))  # all of a contest, or nothing
+                    rows += list(bench.measure(contest, rates, each))  # all of a contest, or nothing
                 except AssertionError as error:
                     _fail(
                         f"{contest.framework}, {contest.op}: a contender computes something else than scree: "
@@ -125,8 +151,19 @@ def _measure(console: Console, contests: list[bench.Contest], seconds: float) ->
                     )
                 progress.advance(task)
         except KeyboardInterrupt:
-            return rows, True
-    return rows, False
+            stopped = True
+    rows.sort(key=lambda row: bench.FRAMEWORKS.index(row["framework"]))
+    return rows, stopped, late
+
+
+def _late(contests: list[bench.Contest]) -> Iterator[str]:
+    """Say what the time was too short for."""
+    if contests:
+        rows = "; ".join(f"{contest.framework} {contest.op}" for contest in contests)
+        yield (
+            f"Left out, as {QUICK_TOTAL:g} seconds were over: {rows}. With --seconds {QUICK_SECONDS:g} all rows are "
+            "measured, however long that takes."
+        )
 
 
 def _contests(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, float, dict[str, float]]]:

@@ -79,7 +79,8 @@ def bench(
             min=0.0,
             metavar="SECONDS",
             help="How long to repeat each row of the table, 5 rounds at least. "
-            f"Default: {_bench.SECONDS:g}, with --quick {_bench.QUICK_SECONDS:g}.",
+            f"Default: {_bench.SECONDS:g}; with --quick up to {_bench.QUICK_SECONDS:g}, and no row begins after "
+            f"{_bench.QUICK_TOTAL:g}.",
             show_default=False,
         ),
     ] = None,

@@ -90,6 +90,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         _triton(*_HALVES_AND_SINGLE),
         *_FLASH,
         _TORCH_NATIVE,
+        _NUMBA._replace(dtypes=("float16", "float32")),
         _NUMPY_BLAS,
         _JAX_PALLAS,
         _JAX_XLA,

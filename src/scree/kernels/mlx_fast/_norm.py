@@ -1,4 +1,8 @@
-"""Norms over the last axis by `mx.fast`."""
+"""Norms over the last axis by `mx.fast`.
+
+All tokens at once: in blocks that stay in the cache the forward takes less on the CPU, and the gradient many times more,
+as that of every slice is as long as all tokens.
+"""
 
 from __future__ import annotations
 

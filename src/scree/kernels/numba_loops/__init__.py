@@ -1,7 +1,7 @@
-"""Reductions, norms and rotary embedding on NumPy by loops that numba compiles, where numba is installed.
+"""Reductions, norms, rotary embedding and attention on NumPy by loops that numba compiles, where numba is installed.
 
-On one thread: numba's threads must not be used from two threads at once, nor after a fork. Softmax and attention are
-not here: what takes their time, exponentials and matrix products, NumPy has faster.
+The loops run on the thread that calls them: numba's threads must not be used from two threads at once, nor after a fork.
+Attention is that of the room `numpy_blas`, threads included, but for the weights, which are computed in one pass.
 
 The loops are compiled at the first call of a kind, and numba keeps them on disk. Numba itself is not imported before
 that.
@@ -14,6 +14,7 @@ from typing import Any
 
 from ..._array import Array
 from ..._backends._protocol import HostArray
+from .._options import AttentionOptions
 
 _KEPT: dict[str, Any] = {}  # "arrays": the module that calls the loops, or what went wrong with its import
 
@@ -32,6 +33,13 @@ def why_not(op: str, *args: Any, **options: Any) -> str | None:
     """Say what speaks against computing this call here."""
     arrays = _loaded()
     return arrays if isinstance(arrays, str) else None
+
+
+def attend(
+    q: Array, k: Array, v: Array, sinks: HostArray | None, options: AttentionOptions
+) -> tuple[Array, Array] | Array:
+    """Compute `scree.kernels.varlen_attention`, block by block."""
+    return _loaded().attend(q, k, v, sinks, options)
 
 
 def varlen_reduce(arr: Array, op: str) -> HostArray:

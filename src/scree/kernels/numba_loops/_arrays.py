@@ -11,10 +11,25 @@ from ..._array import Array
 from ..._backends._protocol import HostArray
 from ..._check import integer_limits, is_integer
 from ..._layout import moved_to_front
+from .._options import AttentionOptions
 from .._rows import used_only
+from ..numpy_blas import by_blocks
 from . import _loops
 
 _INF = float("inf")
+
+
+def attend(
+    q: Array, k: Array, v: Array, sinks: HostArray | None, options: AttentionOptions
+) -> tuple[Array, Array] | Array:
+    """As `scree.kernels.varlen_attention`."""
+    return by_blocks(q, k, v, sinks, options, _weigh)
+
+
+def _weigh(s: HostArray, top: HostArray) -> HostArray:
+    total = np.empty(top.shape, top.dtype)
+    _loops.weigh(s.reshape(-1, s.shape[-1]), top.reshape(-1), total.reshape(-1))
+    return total
 
 
 def reduce(arr: Array, op: str) -> HostArray:

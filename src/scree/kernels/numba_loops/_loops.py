@@ -11,6 +11,12 @@ import numpy as np
 
 _CHUNK = 128  # terms of a sum that are added up one after the other
 _RUN = 4096  # features of a token that are
+_LOWEST = np.float32(-87.33654)  # whose exponential is the least normal number
+_LOG2_E = np.float32(1.442695)
+_LN_2, _LN_2_REST = (
+    np.float32(0.693359375),
+    np.float32(-2.12194440e-4),
+)  # ln 2 in two parts: products with the first are exact
 _VECTORS = {"reassoc", "nsz", "contract"}  # NaN and infinities are what they are
 
 
@@ -121,3 +127,36 @@ def rope(x, cos, sin, offsets, start, interleaved, out):
                         x1, x2, c, s = x[t, head, f], x[t, head, half + f], cos[place, f], sin[place, f]
                         out[t, head, f] = x1 * c - x2 * s
                         out[t, head, half + f] = x2 * c + x1 * s
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"nsz", "contract"})
+def _exp(x):
+    """exp(x) of a float32, to two units in the last place; 0 where it is no normal number, and for x above 0 undefined.
+
+    It is 2^n * exp(d) with d = x - n * ln 2, at most ln 2 / 2, and a polynomial for exp(d): in vectors, as a call of exp
+    would not be. The order of the subtractions matters here.
+    """
+    inside = x if x > _LOWEST else _LOWEST  # not NaN, which is no integer
+    n = np.floor(inside * _LOG2_E + np.float32(0.5))
+    d = (_LOWEST if x < _LOWEST else x) - n * _LN_2
+    d -= n * _LN_2_REST
+    p = np.float32(0.00138145399)
+    p = p * d + np.float32(0.00836874513)
+    p = p * d + np.float32(0.0416683908)
+    p = p * d + np.float32(0.166665204)
+    p = p * d + np.float32(0.499999934)
+    e = p * d * d + d + np.float32(1)
+    e *= np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)  # the bits of 2^n
+    return np.float32(0) if x <= _LOWEST else e
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_VECTORS)
+def weigh(s, top, total):
+    """Put exp(s - top) into the scores s (R, keys), float32, and its sums into total (R,); top is (R,)."""
+    for row in range(s.shape[0]):
+        part = np.float32(0)
+        for key in range(s.shape[1]):
+            e = _exp(s[row, key] - top[row])
+            s[row, key] = e
+            part += e
+        total[row] = part

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._attention import attend
+from ._attention import attend, by_blocks
 from ._norm import varlen_layernorm, varlen_rmsnorm
 from ._rope import varlen_rope
 from ._segments import varlen_reduce, varlen_softmax
 
-__all__ = ["attend", "varlen_layernorm", "varlen_reduce", "varlen_rmsnorm", "varlen_rope", "varlen_softmax"]
+__all__ = [
+    "attend",
+    "by_blocks",
+    "varlen_layernorm",
+    "varlen_reduce",
+    "varlen_rmsnorm",
+    "varlen_rope",
+    "varlen_softmax",
+]
 
 
 def why_not(op: str, *args: Any, **options: Any) -> str | None:

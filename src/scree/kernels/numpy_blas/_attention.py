@@ -1,32 +1,55 @@
 """Attention by BLAS, some queries of a row at a time against the keys that they see; short rows of one length together.
 
-Memory beside the result is that of one block of scores.
+Products are cut into tiles that are too small for BLAS to share out among threads of its own: to start those and to wait
+for them takes longer than such a product, and all that NumPy does in between would stay on one thread. Here threads
+share out the blocks instead. Memory beside the result is, for each thread, that of one block of scores and of some heads
+of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..._array import Array
-from ..._backends._protocol import HostArray
+from ..._backends._protocol import HostArray, HostInts
 from .._options import AttentionOptions
 from .._rows import Span, pairs_alike, spans, visible
 from ._common import Scratch, wide
+from ._threads import available, share
 
 _QUERIES = 64  # at a time: of a causal row, half as many keys are computed and hidden
-_SCORES = 1 << 16  # elements of a block of scores: what stays in the second-level cache
+_TILE = 1 << 18  # multiplications: OpenBLAS computes a product of no more on the thread that asks for it
+_SCORES = 1 << 17  # elements of a block of scores: smaller ones cost more calls than the second-level cache is worth
+_WORTH_THREADS = 1 << 21  # scores of a call: below, threads wait for Python's lock longer than they compute
 _INF = float("inf")
 
 
-def _gathered(x: HostArray, starts: list[int], n: int, memory: Scratch, scale: float = 1.0) -> HostArray:
-    """The tokens (n, heads, D) of rows of x as (heads, G, n, D), in the wide dtype, times `scale`."""
-    _, heads, features = x.shape
-    out = memory.take((heads, len(starts), n, features))
+class _Task(NamedTuple):
+    """Rows that are computed together, and of them some key heads, and each ``step``-th span from ``first`` on."""
+
+    numbers: HostInts
+    n: int
+    m: int
+    heads: slice
+    first: int = 0
+    step: int = 1
+
+
+class _Memory:
+    """What a thread uses again from block to block."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.q, self.k, self.v, self.scores, self.parts = (Scratch(dtype) for _ in range(5))
+
+
+def _gathered(x: HostArray, starts: list[int], n: int, heads: slice, memory: Scratch, scale: float = 1.0) -> HostArray:
+    """Some heads of the tokens (n, heads, D) of rows of x as (heads, G, n, D), in the wide dtype, times `scale`."""
+    out = memory.take((heads.stop - heads.start, len(starts), n, x.shape[2]))
     for i, start in enumerate(starts):
-        out[:, i] = x[start : start + n].transpose(1, 0, 2)
+        out[:, i] = x[start : start + n, heads].transpose(1, 0, 2)
     if scale != 1.0:
         out *= out.dtype.type(scale)
     return out
@@ -36,42 +59,77 @@ def attend(
     q: Array, k: Array, v: Array, sinks: HostArray | None, options: AttentionOptions
 ) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention`, block by block."""
+    return by_blocks(q, k, v, sinks, options, _weigh)
+
+
+def by_blocks(
+    q: Array,
+    k: Array,
+    v: Array,
+    sinks: HostArray | None,
+    options: AttentionOptions,
+    weigh: Callable[[HostArray, HostArray], HostArray],
+) -> tuple[Array, Array] | Array:
+    """Compute `scree.kernels.varlen_attention` with weights that are computed elsewhere.
+
+    ``weigh(s, top)`` puts exp(s - top) into s (..., keys), contiguous, and returns its sums (..., 1), as top is.
+    """
     op = "varlen_attention"
     limits, scale, softcap, return_lse = options.sides, options.scale, options.softcap, options.return_lse
-    (total, heads, _), (_, kv_heads, v_dim) = q.values.shape, v.values.shape
+    (total, heads, dim), (_, kv_heads, v_dim) = q.values.shape, v.values.shape
+    group = heads // kv_heads
     q_offsets, k_offsets = q._host_offsets(op), k._host_offsets(op)
     dtype = wide(q.values)
     o = np.zeros((total, heads, v_dim), q.values.dtype)
     lse = np.zeros((total if return_lse else 0, heads), np.float32)
     lse[: int(q_offsets[-1])] = -_INF if sinks is None else sinks.astype(np.float32)  # where no key is seen
-    sink = None if sinks is None else sinks.astype(dtype).reshape(kv_heads, -1, 1, 1, 1)
-    of_q, of_k, of_v, scores = (Scratch(dtype) for _ in range(4))
+    sink = None if sinks is None else sinks.astype(dtype).reshape(kv_heads, group, 1, 1, 1)
     triangle = _triangle(dtype)
-    with np.errstate(invalid="ignore"):  # of inf - inf, which is NaN as it should
-        for numbers, n, m in pairs_alike(q_offsets, k_offsets, heads, _SCORES):
-            if m == 0:
-                continue
+    tile = max(16, _TILE // (_QUERIES * max(dim, v_dim)) // 16 * 16)  # keys
+
+    def compute(tasks: Iterator[_Task]) -> None:
+        memory = _Memory(dtype)
+        for numbers, n, m, mine, first, step in tasks:
             starts, k_starts = q_offsets[numbers].tolist(), k_offsets[numbers].tolist()
-            qr = _gathered(q.values, starts, n, of_q, scale)
-            qr = qr.reshape(kv_heads, heads // kv_heads, len(numbers), n, -1)
-            kr = _gathered(k.values, k_starts, m, of_k).swapaxes(-1, -2)
-            vr = _gathered(v.values, k_starts, m, of_v)
-            for span in spans(n, m, *limits, _QUERIES):
+            of_q = slice(mine.start * group, mine.stop * group)
+            qr = _gathered(q.values, starts, n, of_q, memory.q, scale)
+            qr = qr.reshape(-1, group, len(starts), n, dim)
+            kr = _gathered(k.values, k_starts, m, mine, memory.k)
+            vr = _gathered(v.values, k_starts, m, mine, memory.v)
+            broken = _broken(vr)
+            for span in list(spans(n, m, *limits, _QUERIES))[first::step]:
+                keys = slice(span.low, span.high)
+                given = qr[..., span.first : span.last, :], kr[:, :, keys], vr[:, :, keys]
                 bounds = _bounds(span, n, m, *limits, triangle)
-                for some in _head_blocks(kv_heads, heads // kv_heads, span):
-                    given = qr[some, :, :, span.first : span.last], kr[some], vr[some]
-                    y, z = _block(
-                        *given, span, bounds, softcap, None if sink is None else sink[some], scores, return_lse
-                    )
-                    h = slice(some.start * y.shape[1], some.stop * y.shape[1])
-                    y = y.reshape(-1, *y.shape[2:])  # (heads, G, queries, D_v)
-                    for i, start in enumerate(starts):
-                        place = slice(start + span.first, start + span.last)
-                        o[place, h] = y[:, i].swapaxes(0, 1)
-                        if z is not None:
-                            lse[place, h] = z.reshape(y.shape[:3])[:, i].T
+                sunk = None if sink is None else sink[mine]
+                y, z = _block(*given, bounds, broken, softcap, sunk, return_lse, tile, memory, weigh)
+                y = y.reshape(-1, *y.shape[2:])  # (heads, G, queries, D_v)
+                for i, start in enumerate(starts):
+                    place = slice(start + span.first, start + span.last)
+                    o[place, of_q] = y[:, i].swapaxes(0, 1)
+                    if z is not None:
+                        lse[place, of_q] = z.reshape(y.shape[:3])[:, i].T
+
+    tasks, threads = _tasks(q_offsets, k_offsets, kv_heads, group)
+    share(tasks, compute, threads)
     out = q.with_values(o)
     return (out, q.with_values(lse)) if return_lse else out
+
+
+def _tasks(q_offsets: HostInts, k_offsets: HostInts, kv_heads: int, group: int) -> tuple[list[_Task], int]:
+    """What there is to compute, most first, and on how many threads."""
+    rows = [some for some in pairs_alike(q_offsets, k_offsets, kv_heads * group, _SCORES) if some[2]]
+    rows.sort(key=lambda some: -len(some[0]) * some[1] * some[2])
+    scores = kv_heads * group * sum(len(numbers) * n * m for numbers, n, m in rows)
+    threads = available() if scores >= _WORTH_THREADS else 1
+    tasks: list[_Task] = []
+    for numbers, n, m in rows:
+        # Some heads at a time, so that the scores of a block stay in the cache.
+        size = kv_heads if len(numbers) > 1 else max(1, _SCORES // (group * min(n, _QUERIES) * m))
+        blocks = [slice(h, min(h + size, kv_heads)) for h in range(0, kv_heads, size)]
+        turns = threads if len(blocks) < threads and n > _QUERIES else 1
+        tasks += [_Task(numbers, n, m, heads, first, turns) for heads in blocks for first in range(turns)]
+    return tasks, min(threads, max(len(tasks), 1))
 
 
 def _bounds(span: Span, n: int, m: int, left: int | None, right: int | None, triangle: HostArray) -> HostArray | None:
@@ -92,32 +150,43 @@ def _triangle(dtype: np.dtype[Any]) -> HostArray:
     return np.where(np.tri(_QUERIES, k=-1, dtype=bool), dtype.type(_INF), dtype.type(-_INF))
 
 
-def _head_blocks(kv_heads: int, group: int, span: Span) -> Iterator[slice]:
-    """Cut the key heads so that the scores of a block stay in the cache."""
-    size = group * (span.last - span.first) * (span.high - span.low)
-    step = max(1, _SCORES // size)
-    for h in range(0, kv_heads, step):
-        yield slice(h, min(h + step, kv_heads))
+def _broken(v: HostArray) -> list[int]:
+    """The rows of v (K', G, m, D_v) that have a value which a weight of 0 does not take away: NaN or infinite."""
+    sums = np.add.reduce(v, axis=(0, 2, 3))
+    return [i for i in np.flatnonzero(~np.isfinite(sums)).tolist() if not np.isfinite(v[:, i]).all()]
+
+
+def _tiles(x: HostArray, size: int) -> Iterator[HostArray]:
+    """Cut (..., keys, D) into tiles (..., tiles, size, D), and into one (..., 1, rest, D) of the rest."""
+    keys, dim = x.shape[-2:]
+    whole = keys // size * size
+    if whole:
+        yield x[..., :whole, :].reshape(*x.shape[:-2], -1, size, dim)
+    if whole < keys:
+        yield x[..., None, whole:, :]
 
 
 def _block(
     q: HostArray,
     k: HostArray,
     v: HostArray,
-    span: Span,
     bounds: HostArray | None,
+    broken: list[int],
     softcap: float | None,
     sink: HostArray | None,
-    scores: Scratch,
     with_lse: bool,
+    tile: int,
+    memory: _Memory,
+    weigh: Callable[[HostArray, HostArray], HostArray],
 ) -> tuple[HostArray, HostArray | None]:
     """o (K', G', G, queries, D_v) and lse (K', G', G, queries, 1) of some key heads K' with G' heads each.
 
-    q has the queries of the span, (K', G', G, queries, D), and k (K', G, D, m) and v (K', G, m, D_v) the whole rows.
+    q is (K', G', G, queries, D), k (K', G, keys, D) and v (K', G, keys, D_v).
     """
-    keys = slice(span.low, span.high)
-    s = scores.take((*q.shape[:-1], span.high - span.low))  # (K', G', G, queries, keys)
-    np.matmul(q, k[:, None, ..., keys], out=s)
+    s = memory.scores.take((*q.shape[:-1], k.shape[-2]))  # (K', G', G, queries, keys)
+    by_tile = [x.swapaxes(-1, -2) for x in _tiles(s.swapaxes(-1, -2), tile)]  # (K', G', G, tiles, queries, tile)
+    for part, keys in zip(by_tile, _tiles(k[:, None], tile), strict=True):
+        np.matmul(q[..., None, :, :], keys.swapaxes(-1, -2), out=part)
     if softcap is not None:
         s /= s.dtype.type(softcap)
         np.tanh(s, out=s)
@@ -126,10 +195,17 @@ def _block(
         last = s[..., s.shape[-1] - bounds.shape[1] :]
         np.fmin(last, bounds, out=last)  # in one pass; a NaN that is hidden is gone, and one that is seen leaves inf
     top = np.maximum.reduce(s, axis=-1, keepdims=True)
-    s -= top
-    np.exp(s, out=s)
-    total = np.add.reduce(s, axis=-1, keepdims=True)
-    o = np.matmul(s, v[:, None, :, keys])
+    total = weigh(s, top)
+    count = sum(part.shape[-3] for part in by_tile)
+    parts = memory.parts.take((*q.shape[:-2], count, q.shape[-2], v.shape[-1]))
+    at = 0
+    for part, values in zip(by_tile, _tiles(v[:, None], tile), strict=True):
+        np.matmul(part, values, out=parts[..., at : at + part.shape[-3], :, :])
+        at += part.shape[-3]
+    o = np.add.reduce(parts, axis=-3) if count > 1 else parts[..., 0, :, :]
+    if bounds is not None:
+        for i in broken:
+            _add_seen(s[:, :, i], v[:, None, i], bounds, o[:, :, i])
     if not with_lse and sink is None:
         o /= total
         return o, None
@@ -140,3 +216,17 @@ def _block(
     both = np.logaddexp(lse, sink)
     o *= np.exp(lse - both) / total
     return o, both
+
+
+def _weigh(s: HostArray, top: HostArray) -> HostArray:
+    s -= top
+    np.exp(s, out=s)
+    return np.add.reduce(s, axis=-1, keepdims=True)
+
+
+def _add_seen(p: HostArray, v: HostArray, bounds: HostArray, o: HostArray) -> None:
+    """Compute o (..., queries, D_v) from p (..., queries, keys) again, without the values (..., keys, D_v) not seen."""
+    first = p.shape[-1] - bounds.shape[1]
+    for i, bound in enumerate(bounds):
+        seen = np.concatenate([np.arange(first), first + np.flatnonzero(bound > 0)])
+        np.matmul(p[..., i : i + 1, :].take(seen, -1), v.take(seen, -2), out=o[..., i : i + 1, :])

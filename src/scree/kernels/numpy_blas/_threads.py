@@ -1,0 +1,51 @@
+"""Work that is shared out among threads, each of which computes in NumPy, where Python's lock is not held."""
+
+from __future__ import annotations
+
+import contextvars
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+_Task = TypeVar("_Task")
+
+_MOST = 8  # more of them would wait for Python's lock
+_LIMITS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")  # what BLAS looks at
+
+
+def available() -> int:
+    """How many threads to compute on: one a processor of this process, or as many as BLAS is told to use."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    told = (os.environ.get(name, "") for name in _LIMITS)
+    return min(processors, _MOST, *(int(number) for number in told if number.isdecimal() and int(number) > 0))
+
+
+def share(tasks: list[_Task], work: Callable[[Iterator[_Task]], None], threads: int) -> None:
+    """Call `work` on so many threads, this one among them, each with an iterator over what no other has taken.
+
+    The threads end with the call, so that a fork later on misses none.
+    """
+    waiting = deque(tasks)
+
+    def taken() -> Iterator[_Task]:
+        while waiting:
+            try:
+                task = waiting.popleft()
+            except IndexError:  # another thread was faster
+                return
+            yield task
+
+    if threads <= 1:
+        work(taken())
+        return
+    with ThreadPoolExecutor(threads - 1, "scree") as pool:
+        # What np.errstate says here holds there too.
+        others = [pool.submit(contextvars.copy_context().run, work, taken()) for _ in range(threads - 1)]
+        try:
+            work(taken())
+        finally:
+            waiting.clear()  # where this one was stopped, the others stop too
+        for other in others:
+            other.result()
