@@ -138,10 +138,12 @@ def _scattered(op: str, x: Dense, offsets: Dense) -> Dense:
     total, rows = x.shape[0], offsets.shape[0] - 1
     tiles = tiles_of(offsets, _IN_ORDER)
     most = total // _IN_ORDER + rows
-    tile = tiles.tile(jnp.arange(most, dtype=offsets.dtype))
-    places, row = row_of_tokens(offsets, total)
-    index = tiles.bounds[row] + (places - offsets[row]) // _IN_ORDER
-    parts = _scatter(op, x, jnp.where(row < rows, index, most), most)
+    number, places = (jnp.arange(size, dtype=offsets.dtype) for size in (most, total))
+    tile = tiles.tile(number)
+    # Among the beginnings of tiles, as a search for the row would be followed by two gathers as long as itself.
+    starts = jnp.where(number < tiles.all(), tile.start, offsets[-1])
+    index = jnp.searchsorted(starts, places, side="right").astype(offsets.dtype) - 1
+    parts = _scatter(op, x, jnp.where(places < offsets[-1], index, most), most)
     return _scatter(op, parts, tile.row, rows)
 
 
