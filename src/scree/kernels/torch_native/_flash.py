@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..._backends._protocol import HostInts
-from .._rows import Span, spans, visible
+from .._rows import Span, visible
 from ._common import empty, wide
+from ._hidden import cut_spans, not_finite
 
 _Limits = tuple[int | None, int | None]
 _CAUSAL: _Limits = (None, 0)
@@ -132,11 +133,13 @@ def _cut_from(shape: _Shape) -> int:
     return max(_SPLIT_MIN, -(-_SPLIT_SIZE * threads // max(heads * shape.width, 1)))
 
 
-def _pieces(ns: list[int], ms: list[int], limits: _Limits, shape: _Shape) -> Iterator[_Piece]:
-    """Cut the queries of all rows, in order."""
+def _pieces(
+    ns: list[int], ms: list[int], limits: _Limits, shape: _Shape, apart: dict[int, list[int]]
+) -> Iterator[_Piece]:
+    """Cut the queries of all rows, in order; `apart` is what `not_finite` has found."""
     cut_from = _cut_from(shape)
     for row, (n, m) in enumerate(zip(ns, ms, strict=True)):
-        if limits == _CAUSAL and n == m:
+        if limits == _CAUSAL and n == m and row not in apart:
             if cut_from <= n <= _SPLIT_MAX:
                 yield _Piece(_SPLIT, row, 0, _SPLIT, None)
                 for a in range(_SPLIT, n, _SPLIT):
@@ -146,7 +149,8 @@ def _pieces(ns: list[int], ms: list[int], limits: _Limits, shape: _Shape) -> Ite
                 yield _Piece(n, row, 0, m, None)
             continue
         done = 0
-        for span in spans(n, m, *limits, max(n, 1) if limits == (None, None) else _QUERIES):
+        most = max(n, 1) if limits == (None, None) else _QUERIES
+        for span in cut_spans(n, m, limits, most, apart.get(row, [])):
             if span.first > done:
                 yield _Piece(span.first - done, row, 0, 0, None)
             yield _Piece(span.last - span.first, row, span.low, span.high, span)
@@ -181,7 +185,8 @@ def forward(
     ns, ms = _lengths(q_offsets, k_offsets)
     used, used_k = int(q_offsets[-1]), int(k_offsets[-1])
     shape = _Shape.of(heads, kv_heads, max(dim, v_dim), dtype)
-    pieces = list(_pieces(ns, ms, limits, shape))
+    apart = not_finite(k, v, k_offsets, limits)
+    pieces = list(_pieces(ns, ms, limits, shape, apart))
     # All views at once: one by one they would take longer than what a short row has to be computed.
     qs = shape.ready(q, used).split_with_sizes([piece.queries for piece in pieces], 2)
     ks, vs = (list(shape.ready(x, used_k).split_with_sizes(ms, 2)) for x in (k, v))
@@ -267,7 +272,8 @@ def backward(
     ns, ms = _lengths(q_offsets, k_offsets)
     used, used_k = int(q_offsets[-1]), int(k_offsets[-1])
     shape = _Shape.of(heads, kv_heads, max(dim, v_dim if grad_lse is None else v_dim + 1), lse.dtype)
-    pieces = list(_pieces(ns, ms, limits, shape))
+    apart = not_finite(k, v, k_offsets, limits)
+    pieces = list(_pieces(ns, ms, limits, shape, apart))
     queries = [piece.queries for piece in pieces]
     more = grad_lse is not None
     g, v = shape.ready(grad_o, used, copy=more), shape.ready(v, used_k, copy=more)
