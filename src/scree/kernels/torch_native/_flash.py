@@ -61,18 +61,21 @@ class _Shape(NamedTuple):
     def ready(self, x: Tensor, used: int, *, copy: bool = False) -> Tensor:
         """The used tokens of x (T, heads, D) by heads, aligned, and with zeros beyond their features.
 
-        Those of a narrow dtype may be as they are: `widened` row by row, they are in the cache when they are read.
+        Many of a narrow dtype may be as they are: `widened` row by row, they are in the cache when they are read.
         """
         dtype = wide(x.dtype)
         if used < len(x):
             x = x[:used]
-        if x.dtype != dtype and self.group == 1 and x.shape[2] == self.width and x.is_contiguous() and not copy:
+        dense = x.shape[2] == self.width and x.is_contiguous()
+        if dense and x.dtype != dtype and self.group == 1 and x.numel() > _LARGE and not copy:
             return self.by_heads(x)
-        dense = x.dtype == dtype and x.shape[2] == self.width and x.is_contiguous() and x.data_ptr() % _LINE == 0
-        if copy or not dense:
+        if copy or not dense or x.dtype != dtype or x.data_ptr() % _LINE:
             wider = empty((*x.shape[:2], self.width), dtype, x.device)
-            wider[..., : x.shape[2]] = x
-            wider[..., x.shape[2] :] = 0
+            if x.shape[2] == self.width:
+                wider.copy_(x)
+            else:
+                wider[..., : x.shape[2]] = x
+                wider[..., x.shape[2] :] = 0
             x = wider
         return self.by_heads(x)
 
@@ -236,8 +239,12 @@ class _Joined:
     def finish(self) -> None:
         """Write what was not written at once."""
         if self.parts:
-            parts = self.parts if self._cut(self.parts[0]) is self.parts[0] else [self._cut(x) for x in self.parts]
-            torch.cat(parts, 1, out=self._of(self.parts[0]))
+            first = self.parts[0]
+            parts = self.parts if self._cut(first) is first else [self._cut(x) for x in self.parts]
+            if first.dtype == self.out.dtype:
+                torch.cat(parts, 1, out=self._of(first))
+            else:
+                self._of(first).copy_(torch.cat(parts, 1))
 
     def _cut(self, part: Tensor) -> Tensor:
         more = part.ndim == 4 and part.shape[3] > self.out.shape[2]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..._backends._protocol import HostInts
@@ -22,19 +23,27 @@ _Limits = tuple[int | None, int | None]
 def not_finite(k: Tensor, v: Tensor, k_offsets: HostInts, limits: _Limits) -> dict[int, list[int]]:
     """The places in their row of the keys of which k or v has a value that is not finite, by row.
 
-    Empty where nothing is hidden. What is not finite leaves a sum that is not; only then is every value looked at.
+    Empty where nothing is hidden. Only where their sum is not finite is every value looked at.
     """
     if limits == (None, None):
         return {}
     used = int(k_offsets[-1])
-    if all(math.isfinite(float(x[:used].sum(dtype=wide(x.dtype)))) for x in (k, v)):
+    k, v = k[:used], v[:used]
+    if math.isfinite(_sum(k, v)):
         return {}
-    finite = k[:used].isfinite().flatten(1).all(1) & v[:used].isfinite().flatten(1).all(1)
+    finite = k.isfinite().flatten(1).all(1) & v.isfinite().flatten(1).all(1)
     found: dict[int, list[int]] = {}
     for key in np.flatnonzero(~finite.cpu().numpy()).tolist():
         row = int(np.searchsorted(k_offsets, key, side="right")) - 1
         found.setdefault(row, []).append(key - int(k_offsets[row]))
     return found
+
+
+def _sum(k: Tensor, v: Tensor) -> float:
+    """A number that is finite only where both are: quicker by one product than by two sums."""
+    if k.shape == v.shape and k.is_contiguous() and v.is_contiguous() and k.dtype == wide(k.dtype):
+        return float(torch.dot(k.view(-1), v.view(-1)))
+    return float(k.sum(dtype=wide(k.dtype))) + float(v.sum(dtype=wide(v.dtype)))
 
 
 def cut_spans(n: int, m: int, limits: _Limits, most: int, keys: list[int]) -> Iterator[Span]:
