@@ -21,7 +21,7 @@ from torch import Tensor
 from ..._backends._protocol import HostInts
 from .._rows import Span, visible
 from ._common import empty, wide
-from ._hidden import cut_spans, not_finite
+from ._hidden import cut_spans, is_finite, not_finite
 
 _Limits = tuple[int | None, int | None]
 _CAUSAL: _Limits = (None, 0)
@@ -115,9 +115,7 @@ def _corner(dtype: torch.dtype) -> Tensor:
     return _corners[dtype]
 
 
-def _mask(span: Span | None, n: int, m: int, limits: _Limits, dtype: torch.dtype) -> Tensor | None:
-    if span is None:
-        return None
+def _mask(span: Span, n: int, m: int, limits: _Limits, dtype: torch.dtype) -> Tensor | None:
     if limits == _CAUSAL and n == m and span.last - span.first <= _SPLIT and m <= _SPLIT_MAX:
         return _corner(dtype)[_SPLIT - (span.last - span.first) :, _SPLIT_MAX - span.high :]
     seen = visible(span, n, m, *limits)
@@ -182,13 +180,34 @@ def forward(
 
     Without `with_lse` lse is of no size. With `rounded` o is in the dtype of q, and in the wide dtype otherwise.
     """
+    given = (q, k, v, q_offsets, k_offsets, scale, limits, with_lse, rounded)
+    o, lse = _forward(*given, {})
+    # What is hidden and comes through is NaN in o, which is less to look at than k and v.
+    if limits != (None, None) and not is_finite(o):
+        apart = not_finite(k, v, k_offsets, limits)
+        if apart:
+            return _forward(*given, apart)
+    return o, lse
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: HostInts,
+    k_offsets: HostInts,
+    scale: float,
+    limits: _Limits,
+    with_lse: bool,
+    rounded: bool,
+    apart: dict[int, list[int]],
+) -> tuple[Tensor, Tensor]:
     dtype, (total, heads, dim), (_, kv_heads, v_dim) = wide(q.dtype), q.shape, v.shape
     o = empty((total, heads, v_dim), q.dtype if rounded else dtype, q.device)
     lse = empty((total if with_lse else 0, heads), dtype, q.device)
     ns, ms = _lengths(q_offsets, k_offsets)
     used, used_k = int(q_offsets[-1]), int(k_offsets[-1])
     shape = _Shape.of(heads, kv_heads, max(dim, v_dim), dtype)
-    apart = not_finite(k, v, k_offsets, limits)
     pieces = list(_pieces(ns, ms, limits, shape, apart))
     # All views at once: one by one they would take longer than what a short row has to be computed.
     qs = shape.ready(q, used).split_with_sizes([piece.queries for piece in pieces], 2)
@@ -204,7 +223,7 @@ def forward(
             kr, vr = _widened(ks, row, dtype), _widened(vs, row, dtype)
             if high - low < ms[row]:
                 kr, vr = kr.narrow(2, low, high - low), vr.narrow(2, low, high - low)
-            mask = _mask(span, ns[row], ms[row], limits, dtype)
+            mask = None if span is None else _mask(span, ns[row], ms[row], limits, dtype)
             y, z = _fwd(x, kr, vr, 0.0, span is None, attn_mask=mask, scale=scale)
         ys.add(y)
         if with_lse:
@@ -309,7 +328,7 @@ def backward(
             whole = low == 0 and high == m
             if not whole:
                 kr, vr = kr.narrow(2, low, high - low), vr.narrow(2, low, high - low)
-            mask = _mask(span, ns[row], m, limits, lse.dtype)
+            mask = None if span is None else _mask(span, ns[row], m, limits, lse.dtype)
             gp, qp = gp.to(lse.dtype), qp.to(lse.dtype)
             x, y, z = _bwd(gp, qp, kr, vr, op, lp, 0.0, span is None, attn_mask=mask, scale=scale)
             mine.append(x)
