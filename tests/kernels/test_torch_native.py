@@ -66,6 +66,27 @@ def test_compiles_whole_with_the_array_as_an_argument(th, name):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("op", ["varlen_rmsnorm", "varlen_layernorm"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_norms_give_the_gradients_that_are_asked_for(th, op, compiled):
+    torch = th.module
+    a = batch(th, (3, 2, 5), (8,))
+    given = [a.values, *(th.array(normal((8,), seed)) for seed in ((1, 2) if op == "varlen_layernorm" else (1,)))]
+
+    def call(x, *weights):
+        return getattr(kernels, op)(a.with_values(x), *weights, implementation=NAME).values
+
+    run = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+
+    def grads(*wanted):
+        leaves = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(given)]
+        return torch.autograd.grad(run(*leaves).square().sum(), [leaves[i] for i in wanted])
+
+    every = grads(*range(len(given)))
+    for i, want in enumerate(every):
+        assert_same_bits(th.to_np(grads(i)[0]), th.to_np(want))
+
+
 def test_is_what_the_front_door_chooses(th):
     a = batch(th, (3, 2, 5), (2, 8))
     want = attend(a, a, a)

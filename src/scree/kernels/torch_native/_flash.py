@@ -175,40 +175,20 @@ def forward(
     limits: _Limits,
     with_lse: bool = True,
     rounded: bool = False,
+    apart: dict[int, list[int]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o (T, H, D_v) and lse (T, H): 0 and -inf where a query sees no key; zeros beyond the last row.
 
     Without `with_lse` lse is of no size. With `rounded` o is in the dtype of q, and in the wide dtype otherwise.
+    `apart` is what `not_finite` has found, once it was asked.
     """
-    given = (q, k, v, q_offsets, k_offsets, scale, limits, with_lse, rounded)
-    o, lse = _forward(*given, {})
-    # What is hidden and comes through is NaN in o, which is less to look at than k and v.
-    if limits != (None, None) and not is_finite(o):
-        apart = not_finite(k, v, k_offsets, limits)
-        if apart:
-            return _forward(*given, apart)
-    return o, lse
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: HostInts,
-    k_offsets: HostInts,
-    scale: float,
-    limits: _Limits,
-    with_lse: bool,
-    rounded: bool,
-    apart: dict[int, list[int]],
-) -> tuple[Tensor, Tensor]:
     dtype, (total, heads, dim), (_, kv_heads, v_dim) = wide(q.dtype), q.shape, v.shape
     o = empty((total, heads, v_dim), q.dtype if rounded else dtype, q.device)
     lse = empty((total if with_lse else 0, heads), dtype, q.device)
     ns, ms = _lengths(q_offsets, k_offsets)
     used, used_k = int(q_offsets[-1]), int(k_offsets[-1])
     shape = _Shape.of(heads, kv_heads, max(dim, v_dim), dtype)
-    pieces = list(_pieces(ns, ms, limits, shape, apart))
+    pieces = list(_pieces(ns, ms, limits, shape, apart or {}))
     # All views at once: one by one they would take longer than what a short row has to be computed.
     qs = shape.ready(q, used).split_with_sizes([piece.queries for piece in pieces], 2)
     ks, vs = (list(shape.ready(x, used_k).split_with_sizes(ms, 2)) for x in (k, v))
@@ -230,6 +210,11 @@ def _forward(
             zs.add(z)
     ys.finish()
     zs.finish()
+    # What is hidden and comes through is NaN in o, which is less to look at than k and v.
+    if apart is None and limits != (None, None) and not is_finite(o):
+        apart = not_finite(k, v, k_offsets, limits)
+        if apart:
+            return forward(q, k, v, q_offsets, k_offsets, scale, limits, with_lse, rounded, apart)
     return o, lse
 
 
