@@ -5,8 +5,8 @@ import pytest
 
 import cases
 import scree
-from cases import ATTENTION, LENGTHS, host_offsets, normal, with_spare
-from expect import assert_same_bits
+from cases import ATTENTION, LENGTHS, batch, host_offsets, normal, with_spare
+from expect import assert_close, assert_same_bits
 from scree import kernels
 
 OPS = ("varlen_attention",)
@@ -123,6 +123,48 @@ def test_two_runs_give_the_same_bits(xp, implementation):
         outputs(xp, implementation, case, *arrays), outputs(xp, implementation, case, *arrays), strict=True
     ):
         assert_rows_same(x, y)
+
+
+# Keys and values that are not finite, and the queries of their own sequence that do not see them
+
+HIDE_VALUES = ("torch_native",)  # elsewhere a hidden value counts 0 times, and 0 * NaN is NaN
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's own, of 0 * inf
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("which", ["key", "value"])
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": True}, {"window_size": (20, 3)}, {"window_size": (None, 2), "softcap": 2.0}],
+    ids=["causal", "window", "softcap"],
+)
+def test_what_is_not_finite_and_hidden(xp, implementation, options, which, bad):
+    lengths, row, place = (5, 0, 150, 3), 2, 100
+    arrays = [batch(xp, lengths, (2, 8), seed=seed) for seed in range(3)]
+    first = host_offsets(xp, arrays[0])[row]
+    values = xp.to_np(arrays[1 if which == "key" else 2].values).copy()
+    values[first + place, 1, 3] = bad
+    changed = list(arrays)
+    changed[1 if which == "key" else 2] = arrays[0].with_values(xp.array(values, "float32"))
+
+    def run(given):
+        return [xp.to_np(x.values) for x in attend(*given, implementation, return_lse=True, **options)]
+
+    (o, lse), (o_bad, lse_bad) = run(arrays), run(changed)
+    left, right = options.get("window_size", (None, 0))
+    i = np.arange(len(o)) - first  # of as many keys as queries
+    mine = (i >= 0) & (i < lengths[row])
+    seen = mine & (place <= i + right) & (place >= i - (len(o) if left is None else left))
+    assert not np.array_equal(o_bad[seen], o[seen])
+    for x, y in ((o, o_bad), (lse, lse_bad)):
+        assert_same_bits(y[~mine], x[~mine])
+        assert_close(y[~seen, 0], x[~seen, 0], "float32")
+    assert_close(lse_bad[~seen], lse[~seen], "float32")
+    hidden, want = o_bad[~seen, 1], o[~seen, 1]
+    if which == "value" and implementation not in HIDE_VALUES:
+        assert np.isnan(hidden[:, 3]).any()  # or the name belongs above
+        hidden, want = np.delete(hidden, 3, 1), np.delete(want, 3, 1)
+    assert_close(hidden, want, "float32")
 
 
 # Capacity

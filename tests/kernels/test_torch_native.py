@@ -66,6 +66,27 @@ def test_compiles_whole_with_the_array_as_an_argument(th, name):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("op", ["varlen_rmsnorm", "varlen_layernorm"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_norms_give_the_gradients_that_are_asked_for(th, op, compiled):
+    torch = th.module
+    a = batch(th, (3, 2, 5), (8,))
+    given = [a.values, *(th.array(normal((8,), seed)) for seed in ((1, 2) if op == "varlen_layernorm" else (1,)))]
+
+    def call(x, *weights):
+        return getattr(kernels, op)(a.with_values(x), *weights, implementation=NAME).values
+
+    run = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+
+    def grads(*wanted):
+        leaves = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(given)]
+        return torch.autograd.grad(run(*leaves).square().sum(), [leaves[i] for i in wanted])
+
+    every = grads(*range(len(given)))
+    for i, want in enumerate(every):
+        assert_same_bits(th.to_np(grads(i)[0]), th.to_np(want))
+
+
 def test_is_what_the_front_door_chooses(th):
     a = batch(th, (3, 2, 5), (2, 8))
     want = attend(a, a, a)
@@ -135,6 +156,48 @@ def rows_alone(th, lengths, features, call, seed=0, shift=0):
 @pytest.mark.parametrize("shift", [0, 3])
 def test_attention_of_a_row_alone_at_many_sizes(th, lengths, heads, name, shift):
     rows_alone(th, lengths, heads, CALLS[name], shift=shift)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["key", "value"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"causal": True, "softcap": 2.0},
+        {"causal": True, "window_size": (9, 0)},
+        {"window_size": (20, 3)},
+    ],
+    ids=["causal", "softcap", "causal window", "window"],
+)
+def test_what_is_not_finite_reaches_no_gradient_that_it_is_hidden_from(th, options, dtype, which, bad):
+    torch = th.module
+    q, k, v = (batch(th, (4, 200, 3), (heads, 8), seed=seed) for seed, heads in enumerate((4, 2, 2)))
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    place, first = 150, 4
+    left, right = options.get("window_size", (10**6, 0))
+    i = torch.arange(207)[:, None] - first  # queries, and j keys: how far each is into the row of `place`
+    j = torch.arange(207)[None] - first
+    mine = (i >= 0) & (i < 200)
+    seen = mine & mine.T & (j <= i + right) & (j >= i - left)
+    tainted = seen[:, first + place]
+    reached = seen[tainted].any(0)  # keys that a tainted query sees, too
+
+    def grads(*given):
+        leaves = [x.detach().requires_grad_() for x in given]
+        arrays = [q.with_values(x) for x in leaves]
+        out = kernels.varlen_attention(*arrays, implementation=NAME, **options).values
+        return torch.autograd.grad(out, leaves, th.array(normal((207, 4, 8), 7), dtype))
+
+    want = grads(q.values, k.values, v.values)
+    x = (k if which == "key" else v).values.clone()
+    x[first + place, 1, 3] = bad
+    got = grads(q.values, x, v.values) if which == "key" else grads(q.values, k.values, x)
+    assert not got[0][tainted].isfinite().all()
+    for some, right_ones, touched in zip(got, want, (tainted, reached, reached), strict=True):
+        assert (~touched).sum() > 20 or (touched is reached and options.get("window_size") is None)
+        assert_close(th.to_np(some[~touched]), th.to_np(right_ones[~touched]), dtype, scale=8.0)
 
 
 @pytest.mark.parametrize("features", [(1,), (5,), (33,), (1100,)], ids=str)

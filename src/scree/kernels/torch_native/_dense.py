@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from ..._backends._protocol import HostInts
-from .._rows import Span, spans, visible
+from .._rows import Span, visible
 from ._common import empty, on, wide
+from ._hidden import cut_spans, not_finite
 
 _Limits = tuple[int | None, int | None]
 _QUERIES = 256  # at a time: memory is this times the keys of a row
 _INF = float("inf")
 
 
-def _rows(q_offsets: HostInts, k_offsets: HostInts) -> list[tuple[int, int, int, int]]:
+def _rows(q_offsets: HostInts, k_offsets: HostInts) -> list[tuple[int, int, int, int, int]]:
+    """The number of every row that is not empty, and its bounds in q and in k."""
     bounds = (x.tolist() for x in (q_offsets, q_offsets[1:], k_offsets, k_offsets[1:]))
-    return [(a, b, c, d) for a, b, c, d in zip(*bounds, strict=False) if a < b or c < d]
+    return [(i, a, b, c, d) for i, (a, b, c, d) in enumerate(zip(*bounds, strict=False)) if a < b or c < d]
 
 
 def _queries(x: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
@@ -72,10 +74,11 @@ def forward(
     used = int(q_offsets[-1])
     o[:used], lse[:used] = 0, -_INF
     o[used:], lse[used:] = 0, 0
-    for a, b, c, d in _rows(q_offsets, k_offsets):
+    apart = not_finite(k, v, k_offsets, limits)
+    for row, a, b, c, d in _rows(q_offsets, k_offsets):
         n, m = b - a, d - c
         kr, vr = _keys(k[c:d], dtype), _keys(v[c:d], dtype)
-        for span in spans(n, m, *limits, _QUERIES):
+        for span in cut_spans(n, m, limits, _QUERIES, apart.get(row, [])):
             some, keys = slice(a + span.first, a + span.last), slice(span.low, span.high)
             s = _scores(_queries(q[some], kv_heads, dtype), kr[:, keys], scale, softcap)
             if softcap:
@@ -108,11 +111,12 @@ def backward(
     """dq, dk, dv in the dtypes of q, k, v."""
     dtype, heads, kv_heads = wide(q.dtype), q.shape[1], k.shape[1]
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-    for a, b, c, d in _rows(q_offsets, k_offsets):
+    apart = not_finite(k, v, k_offsets, limits)
+    for row, a, b, c, d in _rows(q_offsets, k_offsets):
         n, m = b - a, d - c
         kr, vr = _keys(k[c:d], dtype), _keys(v[c:d], dtype)
         dkr, dvr = torch.zeros_like(kr), torch.zeros_like(vr)
-        for span in spans(n, m, *limits, _QUERIES):
+        for span in cut_spans(n, m, limits, _QUERIES, apart.get(row, [])):
             some, keys = slice(a + span.first, a + span.last), slice(span.low, span.high)
             qr, gr = (_queries(x[some], kv_heads, dtype) for x in (q, grad_o))
             lr = _queries(lse[some][..., None], kv_heads, dtype)

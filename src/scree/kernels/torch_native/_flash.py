@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..._backends._protocol import HostInts
-from .._rows import Span, spans, visible
+from .._rows import Span, visible
 from ._common import empty, wide
+from ._hidden import cut_spans, is_finite, not_finite
 
 _Limits = tuple[int | None, int | None]
 _CAUSAL: _Limits = (None, 0)
@@ -60,18 +61,21 @@ class _Shape(NamedTuple):
     def ready(self, x: Tensor, used: int, *, copy: bool = False) -> Tensor:
         """The used tokens of x (T, heads, D) by heads, aligned, and with zeros beyond their features.
 
-        Those of a narrow dtype may be as they are: `widened` row by row, they are in the cache when they are read.
+        Many of a narrow dtype may be as they are: `widened` row by row, they are in the cache when they are read.
         """
         dtype = wide(x.dtype)
         if used < len(x):
             x = x[:used]
-        if x.dtype != dtype and self.group == 1 and x.shape[2] == self.width and x.is_contiguous() and not copy:
+        dense = x.shape[2] == self.width and x.is_contiguous()
+        if dense and x.dtype != dtype and self.group == 1 and x.numel() > _LARGE and not copy:
             return self.by_heads(x)
-        dense = x.dtype == dtype and x.shape[2] == self.width and x.is_contiguous() and x.data_ptr() % _LINE == 0
-        if copy or not dense:
+        if copy or not dense or x.dtype != dtype or x.data_ptr() % _LINE:
             wider = empty((*x.shape[:2], self.width), dtype, x.device)
-            wider[..., : x.shape[2]] = x
-            wider[..., x.shape[2] :] = 0
+            if x.shape[2] == self.width:
+                wider.copy_(x)
+            else:
+                wider[..., : x.shape[2]] = x
+                wider[..., x.shape[2] :] = 0
             x = wider
         return self.by_heads(x)
 
@@ -111,9 +115,7 @@ def _corner(dtype: torch.dtype) -> Tensor:
     return _corners[dtype]
 
 
-def _mask(span: Span | None, n: int, m: int, limits: _Limits, dtype: torch.dtype) -> Tensor | None:
-    if span is None:
-        return None
+def _mask(span: Span, n: int, m: int, limits: _Limits, dtype: torch.dtype) -> Tensor | None:
     if limits == _CAUSAL and n == m and span.last - span.first <= _SPLIT and m <= _SPLIT_MAX:
         return _corner(dtype)[_SPLIT - (span.last - span.first) :, _SPLIT_MAX - span.high :]
     seen = visible(span, n, m, *limits)
@@ -132,11 +134,13 @@ def _cut_from(shape: _Shape) -> int:
     return max(_SPLIT_MIN, -(-_SPLIT_SIZE * threads // max(heads * shape.width, 1)))
 
 
-def _pieces(ns: list[int], ms: list[int], limits: _Limits, shape: _Shape) -> Iterator[_Piece]:
-    """Cut the queries of all rows, in order."""
+def _pieces(
+    ns: list[int], ms: list[int], limits: _Limits, shape: _Shape, apart: dict[int, list[int]]
+) -> Iterator[_Piece]:
+    """Cut the queries of all rows, in order; `apart` is what `not_finite` has found."""
     cut_from = _cut_from(shape)
     for row, (n, m) in enumerate(zip(ns, ms, strict=True)):
-        if limits == _CAUSAL and n == m:
+        if limits == _CAUSAL and n == m and row not in apart:
             if cut_from <= n <= _SPLIT_MAX:
                 yield _Piece(_SPLIT, row, 0, _SPLIT, None)
                 for a in range(_SPLIT, n, _SPLIT):
@@ -146,7 +150,8 @@ def _pieces(ns: list[int], ms: list[int], limits: _Limits, shape: _Shape) -> Ite
                 yield _Piece(n, row, 0, m, None)
             continue
         done = 0
-        for span in spans(n, m, *limits, max(n, 1) if limits == (None, None) else _QUERIES):
+        most = max(n, 1) if limits == (None, None) else _QUERIES
+        for span in cut_spans(n, m, limits, most, apart.get(row, [])):
             if span.first > done:
                 yield _Piece(span.first - done, row, 0, 0, None)
             yield _Piece(span.last - span.first, row, span.low, span.high, span)
@@ -170,10 +175,12 @@ def forward(
     limits: _Limits,
     with_lse: bool = True,
     rounded: bool = False,
+    apart: dict[int, list[int]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o (T, H, D_v) and lse (T, H): 0 and -inf where a query sees no key; zeros beyond the last row.
 
     Without `with_lse` lse is of no size. With `rounded` o is in the dtype of q, and in the wide dtype otherwise.
+    `apart` is what `not_finite` has found, once it was asked.
     """
     dtype, (total, heads, dim), (_, kv_heads, v_dim) = wide(q.dtype), q.shape, v.shape
     o = empty((total, heads, v_dim), q.dtype if rounded else dtype, q.device)
@@ -181,7 +188,7 @@ def forward(
     ns, ms = _lengths(q_offsets, k_offsets)
     used, used_k = int(q_offsets[-1]), int(k_offsets[-1])
     shape = _Shape.of(heads, kv_heads, max(dim, v_dim), dtype)
-    pieces = list(_pieces(ns, ms, limits, shape))
+    pieces = list(_pieces(ns, ms, limits, shape, apart or {}))
     # All views at once: one by one they would take longer than what a short row has to be computed.
     qs = shape.ready(q, used).split_with_sizes([piece.queries for piece in pieces], 2)
     ks, vs = (list(shape.ready(x, used_k).split_with_sizes(ms, 2)) for x in (k, v))
@@ -196,13 +203,18 @@ def forward(
             kr, vr = _widened(ks, row, dtype), _widened(vs, row, dtype)
             if high - low < ms[row]:
                 kr, vr = kr.narrow(2, low, high - low), vr.narrow(2, low, high - low)
-            mask = _mask(span, ns[row], ms[row], limits, dtype)
+            mask = None if span is None else _mask(span, ns[row], ms[row], limits, dtype)
             y, z = _fwd(x, kr, vr, 0.0, span is None, attn_mask=mask, scale=scale)
         ys.add(y)
         if with_lse:
             zs.add(z)
     ys.finish()
     zs.finish()
+    # What is hidden and comes through is NaN in o, which is less to look at than k and v.
+    if apart is None and limits != (None, None) and not is_finite(o):
+        apart = not_finite(k, v, k_offsets, limits)
+        if apart:
+            return forward(q, k, v, q_offsets, k_offsets, scale, limits, with_lse, rounded, apart)
     return o, lse
 
 
@@ -231,8 +243,12 @@ class _Joined:
     def finish(self) -> None:
         """Write what was not written at once."""
         if self.parts:
-            parts = self.parts if self._cut(self.parts[0]) is self.parts[0] else [self._cut(x) for x in self.parts]
-            torch.cat(parts, 1, out=self._of(self.parts[0]))
+            first = self.parts[0]
+            parts = self.parts if self._cut(first) is first else [self._cut(x) for x in self.parts]
+            if first.dtype == self.out.dtype:
+                torch.cat(parts, 1, out=self._of(first))
+            else:
+                self._of(first).copy_(torch.cat(parts, 1))
 
     def _cut(self, part: Tensor) -> Tensor:
         more = part.ndim == 4 and part.shape[3] > self.out.shape[2]
@@ -267,7 +283,8 @@ def backward(
     ns, ms = _lengths(q_offsets, k_offsets)
     used, used_k = int(q_offsets[-1]), int(k_offsets[-1])
     shape = _Shape.of(heads, kv_heads, max(dim, v_dim if grad_lse is None else v_dim + 1), lse.dtype)
-    pieces = list(_pieces(ns, ms, limits, shape))
+    apart = not_finite(k, v, k_offsets, limits)
+    pieces = list(_pieces(ns, ms, limits, shape, apart))
     queries = [piece.queries for piece in pieces]
     more = grad_lse is not None
     g, v = shape.ready(grad_o, used, copy=more), shape.ready(v, used_k, copy=more)
@@ -296,7 +313,7 @@ def backward(
             whole = low == 0 and high == m
             if not whole:
                 kr, vr = kr.narrow(2, low, high - low), vr.narrow(2, low, high - low)
-            mask = _mask(span, ns[row], m, limits, lse.dtype)
+            mask = None if span is None else _mask(span, ns[row], m, limits, lse.dtype)
             gp, qp = gp.to(lse.dtype), qp.to(lse.dtype)
             x, y, z = _bwd(gp, qp, kr, vr, op, lp, 0.0, span is None, attn_mask=mask, scale=scale)
             mine.append(x)

@@ -64,19 +64,20 @@ def _rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return out
 
 
-def _rmsnorm_bwd(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """y = x * r * w: dx = r * (g w) - x * r**3 * mean(g w x), dw = sum of g x r over the tokens."""
+def _rmsnorm_bwd(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, of_weight: bool) -> tuple[Tensor, Tensor]:
+    """y = x * r * w: dx = r * (g w) - x * r**3 * mean(g w x), dw = sum of g x r over the tokens, if it is asked for."""
     dtype = _dtype(x, weight)
     w = _wide(weight, dtype)
     dx = empty(tuple(x.shape), x.dtype, x.device)
-    dw = x.new_zeros(x.shape[1] if weight is not None else 0, dtype=dtype)
+    dw = x.new_zeros(x.shape[1] if of_weight else 0, dtype=dtype)
     step = _step(x.shape[1])
     for t in range(0, x.shape[0], step):
         part, g = x[t : t + step].to(dtype), grad[t : t + step].to(dtype)
         r = _rms(x[t : t + step].to(wide(x.dtype)), eps).to(dtype)
         y = part * r
-        if w is not None:
+        if of_weight:
             dw += (g * y).sum(0)
+        if w is not None:
             g = g * w
         pull = _sum(g * y).mul_(1.0 / x.shape[1])
         dx[t : t + step] = torch.sub(g, y.mul_(pull)).mul_(r)
@@ -97,35 +98,44 @@ def _layernorm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def _layernorm_bwd(
-    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    of_weight: bool,
+    of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, and dw and db where they are asked for: PyTorch's kernel goes over all tokens once more for them."""
     dtype = _dtype(x, weight, bias)
     w, b = _wide(weight, dtype), _wide(bias, dtype)
     dx = empty(tuple(x.shape), x.dtype, x.device)
-    dw = x.new_zeros(x.shape[1] if weight is not None else 0, dtype=dtype)
-    db = x.new_zeros(x.shape[1] if bias is not None else 0, dtype=dtype)
-    wanted = [True, weight is not None, bias is not None]
+    dw = x.new_zeros(x.shape[1] if of_weight else 0, dtype=dtype)
+    db = x.new_zeros(x.shape[1] if of_bias else 0, dtype=dtype)
+    wanted = [True, of_weight, of_bias]
     step = _step(x.shape[1])
     for t in range(0, x.shape[0], step):
         some = slice(t, t + step)
         part, g = x[some].to(dtype), grad[some].to(dtype)
         found = torch.ops.aten.native_layer_norm_backward(g, part, x.shape[1:], mean[some], rstd[some], w, b, wanted)
         dx[some], d_w, d_b = found
-        if weight is not None:
+        if of_weight:
             dw += d_w
-        if bias is not None:
+        if of_bias:
             db += d_b
     return dx, dw if weight is None else dw.to(weight.dtype), db if bias is None else db.to(bias.dtype)
 
 
 rmsnorm_bwd = Operator(
     "varlen_rmsnorm_backward",
-    "(Tensor grad, Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor? weight, float eps, bool of_weight) -> (Tensor, Tensor)",
     _rmsnorm_bwd,
 )
 layernorm_bwd = Operator(
     "varlen_layernorm_backward",
-    "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool of_weight, bool of_bias)"
+    " -> (Tensor, Tensor, Tensor)",
     _layernorm_bwd,
 )
 
@@ -137,8 +147,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _rmsnorm_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    dx, dw = rmsnorm_bwd(grad.contiguous(), x, weight, ctx.eps)
-    return dx, None if weight is None else dw, None
+    of_weight = ctx.needs_input_grad[1]
+    dx, dw = rmsnorm_bwd(grad.contiguous(), x, weight, ctx.eps, of_weight)
+    return dx, dw if of_weight else None, None
 
 
 def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -148,8 +159,9 @@ def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 def _layernorm_grads(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, mean, rstd = ctx.saved_tensors
-    dx, dw, db = layernorm_bwd(grad.contiguous(), x, weight, bias, mean, rstd)
-    return dx, None if weight is None else dw, None if bias is None else db, None
+    of_weight, of_bias = ctx.needs_input_grad[1:3]
+    dx, dw, db = layernorm_bwd(grad.contiguous(), x, weight, bias, mean, rstd, of_weight, of_bias)
+    return dx, dw if of_weight else None, db if of_bias else None, None
 
 
 rmsnorm = Operator(
@@ -179,20 +191,29 @@ def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tupl
     return torch.empty_like(x), mean, rstd
 
 
-def _like(weight: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_empty((0,), dtype=wide(x.dtype)) if weight is None else torch.empty_like(weight)
+def _like(weight: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
+    if weight is None or not wanted:
+        return x.new_empty((0,), dtype=wide(x.dtype) if weight is None else weight.dtype)
+    return torch.empty_like(weight)
 
 
 @rmsnorm_bwd.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), _like(weight, x)
+def _(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, of_weight: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _like(weight, x, of_weight)
 
 
 @layernorm_bwd.register_fake
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    of_weight: bool,
+    of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), _like(weight, x), _like(bias, x)
+    return torch.empty_like(x), _like(weight, x, of_weight), _like(bias, x, of_bias)
 
 
 def _tokens(x: Tensor) -> Tensor:
