@@ -89,7 +89,7 @@ def test_views_of_a_joint_tensor(wide):
     assert_all_near(got, portable(tensors, offsets, options), torch.float16)
 
 
-@pytest.mark.parametrize("name", ["grouped", "cross", "causal"])
+@pytest.mark.parametrize("name", ["full", "grouped", "cross", "causal"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_row_does_not_depend_on_its_neighbours(name, bad):
     case = BY_NAME[name]
@@ -117,13 +117,15 @@ def test_a_row_does_not_depend_on_its_neighbours(name, bad):
                 assert_bits(a, b[bounds[side][row] : bounds[side][row + 1]], f"{what} of row {row} alone")
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize(
     "offsets", [[0, 300, 200, 400], [5, 100, 200, 400], [0, 100, 200, 10**9], [0, -5, 3, 400]], ids=str
 )
-def test_offsets_that_are_wrong(offsets):
+def test_offsets_that_are_wrong(offsets, causal):
     q = normal(400, 2, 64, dtype=torch.float16)
     bad = torch.tensor(offsets, dtype=torch.int32, device="cuda")
-    for got in gradients((q, q, q, q, None), (bad, bad), options_of(Attention("", options=CAUSAL))):
+    options = options_of(Attention("", options={"causal": causal}))
+    for got in gradients((q, q, q, q, None), (bad, bad), options):
         assert not got.any()
 
 
@@ -149,12 +151,15 @@ def test_many_runs_of_many_programs(causal):
             assert_bits(a, b, name)
 
 
-def test_a_graph_replays_with_other_offsets():
-    lengths = [(700, 324), (100, 924)]
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(
+    "lengths", [[(700, 324), (100, 924)], [(*[200] * 5, 24), (100, 124, 300, 400, 1, 99)]], ids=str
+)
+def test_a_graph_replays_with_other_offsets(lengths, causal):
     q = batch(lengths[0], (4, 64), torch.bfloat16)
     do = normal(*q.values.shape, dtype=torch.bfloat16, seed=3)
     tensors = (q.values, q.values, q.values, do, None)
-    options = options_of(Attention("", options=CAUSAL))
+    options = options_of(Attention("", options={"causal": causal}))
     each = [offsets_of(n) for n in lengths]
     want = [gradients(tensors, (cu, cu), options) for cu in each]
     cu = each[0].clone()
@@ -172,9 +177,10 @@ def test_memcheck():
     """A few launches for compute-sanitizer: hostile offsets, spare rows, grouped heads, keys without queries."""
     arr = batch((65, 0, 1, 130), (4, 64), torch.bfloat16)
     keys = batch((3, 70, 0, 200), (2, 64), torch.bfloat16, seed=1)
-    options = options_of(Attention("", heads=4, kv_heads=2, options=CAUSAL))
     hostile = torch.tensor([0, 150, 20, 10**9, 5], dtype=torch.int32, device="cuda")
     short = torch.tensor([0, 9, 30, 30, 100], dtype=torch.int32, device="cuda")
     for cu_q, cu_k in ((arr.offsets, keys.offsets), (hostile, keys.offsets), (arr.offsets, hostile), (short, short)):
-        gradients((arr.values, keys.values, keys.values, arr.values, None), (cu_q, cu_k), options)
+        for causal in (True, False):
+            options = options_of(Attention("", heads=4, kv_heads=2, options={"causal": causal}))
+            gradients((arr.values, keys.values, keys.values, arr.values, None), (cu_q, cu_k), options)
     torch.cuda.synchronize()

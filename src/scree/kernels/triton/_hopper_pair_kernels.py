@@ -186,19 +186,24 @@ def _hopper_pair_dq_kernel(
 
 
 @gluon.jit
-def _fetch_queries(memory, pointers, stage, turn, at, q_length, TURNS: gl.constexpr):
-    """Have the queries from `at` of the head of this turn copied, with all that belongs to them."""
-    q_sm, do_sm, lse_sm, delta_sm = memory
-    q_ptr, do_ptr, rows_ptr, stride_q_t, stride_q_h, stride_do_t, stride_do_h, rows_of_a_head = pointers
-    there = gl.where(turn < TURNS, q_length, 0)
+def _copy_queries(memory, pointers, stage, turn, at, there):
+    """Have the queries from `at` of the head of this turn copied, and dO."""
+    q_sm, do_sm, _lse_sm, _delta_sm = memory
+    q_ptr, do_ptr, _rows_ptr, stride_q_t, stride_q_h, stride_do_t, stride_do_h, _rows_of_a_head = pointers
+    _copy(q_sm.index(stage), q_ptr + turn * stride_q_h, at, there, _anew(stride_q_t))
+    _copy(do_sm.index(stage), do_ptr + turn * stride_do_h, at, there, _anew(stride_do_t))
+
+
+@gluon.jit
+def _copy_rows(memory, pointers, stage, turn, at, there):
+    """Have the LSE and delta of those queries copied: of a whole tile, unless there is none."""
+    _q_sm, _do_sm, lse_sm, delta_sm = memory
+    rows_ptr, rows_of_a_head = pointers[2], pointers[7]
     rows_ptr += turn * rows_of_a_head + at * 2
     line = gl.arange(0, ROWS, layout=_LINE)
-    present = line < gl.where(turn < TURNS, ROWS, 0)
-    _copy(q_sm.index(stage), q_ptr + turn * stride_q_h, at, there, _anew(stride_q_t))
+    present = line < gl.where(there > 0, ROWS, 0)
     _load(lse_sm.index(stage), rows_ptr + line, mask=present)
-    _copy(do_sm.index(stage), do_ptr + turn * stride_do_h, at, there, _anew(stride_do_t))
     _load(delta_sm.index(stage), rows_ptr + ROWS + line, mask=present)
-    async_copy.commit_group()
 
 
 @gluon.jit
@@ -225,7 +230,11 @@ def _dkv_step(
     _arrived()
     last = at + ROWS >= end
     next_at = gl.where(last, begin, at + ROWS)
-    _fetch_queries(memory, pointers, 1 - stage, gl.where(last, turn + 1, turn), next_at, q_length, TURNS)
+    next_turn = gl.where(last, turn + 1, turn)
+    there = gl.where(next_turn < TURNS, q_length, 0)
+    _copy_queries(memory, pointers, 1 - stage, next_turn, next_at, there)
+    _copy_rows(memory, pointers, 1 - stage, next_turn, next_at, there)
+    async_copy.commit_group()
     q = q_sm.index(stage)
     do = do_sm.index(stage)
     zeros = gl.zeros([ROWS, ROWS], gl.float32, layout=LAYOUT)
@@ -265,8 +274,8 @@ def _hopper_pair_dkv_kernel(
     index, head = _work(slots, INNER)
     head *= HEADS
     kind, k_start, k_length, q_start, q_length, block, row = _tile(tiles_ptr, index)
-    gdc_wait()  # for `rows`: this kernel may start before the one that writes them ends
     if kind == ABSENT:
+        gdc_wait()  # so that this kernel never ends before the one that it follows
         return
     begin, all_begin, _, end = _span(block, k_length, q_length, right, -1, ROWS, ROWS, HAS_RIGHT, False)
     k_sm = gl.allocate_shared_memory(dtype, [ROWS, D], shared)
@@ -287,9 +296,13 @@ def _hopper_pair_dkv_kernel(
     low = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) + (q_length - k_length - right)
     scale_2 = scale * LOG2E
     count = 0
-    _fetch_queries(memory, pointers, 0, gl.where(begin < end, 0, TURNS), begin, q_length, TURNS)
+    there = gl.where(begin < end, q_length, 0)
+    _copy_queries(memory, pointers, 0, 0, begin, there)
     base = k_start + block.to(gl.int64) * ROWS
     _fetch_own(k_sm, v_sm, own, base, head, k_length - block * ROWS)
+    gdc_wait()  # for `rows`: this kernel starts, and fetches the rest, before the one that writes them ends
+    _copy_rows(memory, pointers, 0, 0, begin, there)
+    async_copy.commit_group()
     for mine in range(HEADS):
         dk = gl.zeros([ROWS, D], gl.float32, layout=layout)
         dv = gl.zeros([ROWS, D], gl.float32, layout=layout)
