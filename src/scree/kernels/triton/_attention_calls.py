@@ -40,14 +40,14 @@ def facts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, with_lse: bool, giv
     return places(q, k, v, about)
 
 
+Given = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""dO, the LSE's gradient, q, k, v, o and LSE."""
+
 Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Memory for dQ, dK and dV, contiguous."""
 
-Backward = Callable[
-    [torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Grads],
-    torch.Tensor,
-]
-"""Launches a backward that was planned: of dO, the LSE's gradient, q, k, v, o, LSE and `Grads`; returns delta (H, T)."""
+Backward = Callable[[Given, Grads], torch.Tensor]
+"""Launches a backward that was planned, and returns delta (H, T)."""
 
 
 def backward_facts(

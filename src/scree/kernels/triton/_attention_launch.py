@@ -268,7 +268,7 @@ def backward(
     if launch is None:
         launch = _plan_backward(do, dlse, q, k, v, o, cu_q, cu_k, options, kept_q, kept_k)
         _tiles.keep(kept_q, same, cu_q, cu_k, launch)
-    delta = launch(do, dlse, q, k, v, o, lse, (dq, dk, dv))
+    delta = launch((do, dlse, q, k, v, o, lse), (dq, dk, dv))
     dsinks = None
     if sinks is not None:  # the sink is a key without a value: its score has the gradient -p * delta
         dsinks = torch.exp(sinks.float()[:, None] - lse) * -delta
@@ -332,17 +332,8 @@ def _two_kernels(
     dkv_scalars = (*strides, k_slots, slots, scale, softcap, left, right)
     dq_grid, dkv_grid = (slots * heads, 1, 1), (k_slots * kv_heads, 1, 1)
 
-    def launch(
-        do: torch.Tensor,
-        dlse: torch.Tensor | None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        o: torch.Tensor,
-        lse: torch.Tensor,
-        grads: _calls.Grads,
-    ) -> torch.Tensor:
-        dq, dk, dv = grads
+    def launch(given: _calls.Given, grads: _calls.Grads) -> torch.Tensor:
+        (do, dlse, q, k, v, o, lse), (dq, dk, dv) = given, grads
         delta = torch.empty_like(lse)
         rows = lse.new_empty((heads, slots, 2, rows_of))
         tensors = (q, k, v, o, do, lse, lse if dlse is None else dlse, q_tiles, dq, delta, rows)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from . import _tiles
-from ._attention_calls import Backward, Grads
+from ._attention_calls import Backward, Given, Grads
 from ._hopper import has_gluon, reaches
 from ._hopper_bwd_dq_kernels import TURNS
 from ._launch import INTERPRETED, Launcher, capability, device_number
@@ -97,17 +97,8 @@ def plan(
     of_main = (*inputs, *grads_of_keys, k_slots, slots, options.scale, options.right)
     of_after = (heads * width, width, slots, options.scale)
 
-    def launch(
-        do: torch.Tensor,
-        dlse: torch.Tensor | None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        o: torch.Tensor,
-        lse: torch.Tensor,
-        grads: Grads,
-    ) -> torch.Tensor:
-        dq, dk, dv = grads
+    def launch(given: Given, grads: Grads) -> torch.Tensor:
+        (do, dlse, q, k, v, o, lse), (dq, dk, dv) = given, grads
         delta = torch.empty_like(lse)
         rows = lse.new_empty((heads, slots, 2, step))
         acc = lse.new_empty((heads, slots, step * width))

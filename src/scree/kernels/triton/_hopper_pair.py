@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _tiles
-from ._attention_calls import Backward, Grads
+from ._attention_calls import Backward, Given, Grads
 from ._hopper import has_gluon
 from ._launch import INTERPRETED, Launcher, capability, device_number
 from ._tiles import Kept
@@ -78,23 +78,14 @@ def plan(
     turns = 2 if short and options.right < 0 and kv_heads % 2 == 0 else 1
     first, second = _launchers(q, kv_heads, turns, options.right >= 0, dlse is not None, long)
     first_grid, second_grid = (slots * heads, 1, 1), (k_slots * (kv_heads // turns), 1, 1)
-    given, of_do = q.stride()[:2] + k.stride()[:2] + v.stride()[:2], do.stride()[:2]
-    strides = (*given, *o.stride()[:2], *of_do, heads * _WIDTH, _WIDTH)
+    inputs, of_do = q.stride()[:2] + k.stride()[:2] + v.stride()[:2], do.stride()[:2]
+    strides = (*inputs, *o.stride()[:2], *of_do, heads * _WIDTH, _WIDTH)
     of_first = (*strides, total, slots, options.scale, options.right)
-    strides = (*given, *of_do, *(kv_heads * _WIDTH, _WIDTH) * 2)
+    strides = (*inputs, *of_do, *(kv_heads * _WIDTH, _WIDTH) * 2)
     of_second = (*strides, k_slots, slots, options.scale, options.right)
 
-    def launch(
-        do: torch.Tensor,
-        dlse: torch.Tensor | None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        o: torch.Tensor,
-        lse: torch.Tensor,
-        grads: Grads,
-    ) -> torch.Tensor:
-        dq, dk, dv = grads
+    def launch(given: Given, grads: Grads) -> torch.Tensor:
+        (do, dlse, q, k, v, o, lse), (dq, dk, dv) = given, grads
         delta = torch.empty_like(lse)
         rows = lse.new_empty((heads, slots, 2, _ROWS))
         tensors = (q, k, v, o, do, lse, lse if dlse is None else dlse, q_tiles, dq, delta, rows)
