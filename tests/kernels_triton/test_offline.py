@@ -56,6 +56,36 @@ def attention(dtype, dim, **options):
     (loss + lse.values.sum() if sinks is not None else loss).backward()
 
 
+@pytest.mark.parametrize("dim", [32, 64, 128], ids=["portable", "pair", "single pass"])
+def test_a_backward_is_planned_once_for_each_kind_of_call(monkeypatch, dim):
+    from scree.kernels.triton import _attention_launch
+
+    planned = []
+    plan = _attention_launch._plan_backward
+    with offline.recording(monkeypatch, "sm_90") as found, monkeypatch.context() as patch:
+        patch.setattr(_attention_launch, "_plan_backward", lambda *given: planned.append(1) or plan(*given))
+        q = array(torch.float16, 2, dim)
+
+        def backward(grad, q=q, **options):
+            kernels.varlen_attention(q, q, q, implementation="triton", **options).values.backward(grad)
+            return len(planned)
+
+        grad = torch.ones(300, 2, dim, dtype=torch.float16)
+        assert [backward(grad), backward(grad.clone()), backward(grad)] == [1, 1, 1]
+        assert backward(grad.transpose(0, 1).contiguous().transpose(0, 1)) == 2  # in another order in memory
+        assert backward(grad, causal=True) == 3
+        assert backward(grad, deterministic=False) == 4
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert backward(grad, deterministic=False) == 5
+        patch.undo()
+        patch.setattr(_attention_launch, "_plan_backward", lambda *given: planned.append(1) or plan(*given))
+        assert backward(grad) == 5
+        assert backward(grad, array(torch.float16, 2, dim)) == 6  # of other offsets
+        q.offsets[1] = 50
+        assert backward(grad) == 7
+    assert found
+
+
 def per_token(op, dtype, size):
     arr, weight = array(dtype, size), torch.ones(size, dtype=dtype).requires_grad_()
     given = {

@@ -1,11 +1,13 @@
-"""Forward calls of attention that were made before: what they are kept under, and launching them again."""
+"""Calls of attention that were made before: what they are kept under, and launching them again."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
+from .._options import FlatOptions
 from . import _tiles
 from ._launch import Launcher
 from ._tiles import Kept
@@ -36,6 +38,35 @@ def facts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, with_lse: bool, giv
         q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(), with_lse, given,
     )  # fmt: skip
     return places(q, k, v, about)
+
+
+Given = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""dO, the LSE's gradient, q, k, v, o and LSE."""
+
+Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Memory for dQ, dK and dV, contiguous."""
+
+Backward = Callable[[Given, Grads], torch.Tensor]
+"""Launches a backward that was planned, and returns delta (H, T)."""
+
+
+def backward_facts(
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    options: FlatOptions,
+) -> Any:
+    """What a backward is kept under beyond its offsets.
+
+    Strides and places of all tensors count: hooks of autograd may have moved those that the forward saved.
+    """
+    odd = (do.data_ptr() & 15) << 4 | o.data_ptr() & 15
+    ordered = torch.are_deterministic_algorithms_enabled()
+    of_dlse = None if dlse is None else dlse.dtype
+    return facts(q, k, v, True, (options, do.stride(), o.stride(), do.dtype, o.dtype, of_dlse, odd, ordered))
 
 
 def again(

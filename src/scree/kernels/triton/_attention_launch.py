@@ -263,19 +263,40 @@ def backward(
         dlse = dlse.contiguous()
     q, k, v = _rows_dense(q), _rows_dense(k), _rows_dense(v)
     dq, dk, dv = like(q), like(k), like(v)
-    regime = _regime(max(q.shape[0], k.shape[0]), cu_k)
-    given = (do, dlse, q, k, v, cu_q, cu_k, o, lse, (dq, dk, dv), options, kept_q, kept_k)
-    if _hopper_bwd.why_not(q, k, v, do, options, cu_q.shape[0] - 1) is None:
-        delta = _hopper_bwd.backward(*given, regime == LONG)
-    elif _hopper_pair.why_not(q, k, v, o, do, options) is None:
-        delta = _hopper_pair.backward(*given, regime == LONG, regime == SHORT)
-    else:
-        delta = _two_kernels(*given, regime)
+    same = _calls.backward_facts(do, dlse, q, k, v, o, options)
+    launch: _calls.Backward | None = _tiles.recall(kept_q, same, cu_q, cu_k)
+    if launch is None:
+        launch = _plan_backward(do, dlse, q, k, v, o, cu_q, cu_k, options, kept_q, kept_k)
+        _tiles.keep(kept_q, same, cu_q, cu_k, launch)
+    delta = launch((do, dlse, q, k, v, o, lse), (dq, dk, dv))
     dsinks = None
     if sinks is not None:  # the sink is a key without a value: its score has the gradient -p * delta
         dsinks = torch.exp(sinks.float()[:, None] - lse) * -delta
         dsinks = torch.where(delta == 0, 0.0, dsinks).sum(1).to(sinks.dtype)
     return dq, dk, dv, dsinks
+
+
+def _plan_backward(
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    options: FlatOptions,
+    kept_q: Kept | None,
+    kept_k: Kept | None,
+) -> _calls.Backward:
+    """What computes the gradients of tensors like these, by the first kernels that serve them."""
+    regime = _regime(max(q.shape[0], k.shape[0]), cu_k)
+    given = (do, dlse, q, k, v, o, cu_q, cu_k, options, kept_q, kept_k)
+    if _hopper_bwd.why_not(q, k, v, do, options, cu_q.shape[0] - 1) is None:
+        return _hopper_bwd.plan(*given, regime == LONG)
+    if _hopper_pair.why_not(q, k, v, o, do, options) is None:
+        return _hopper_pair.plan(*given, regime == LONG, regime == SHORT)
+    return _two_kernels(*given, regime)
 
 
 def _two_kernels(
@@ -284,53 +305,40 @@ def _two_kernels(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    o: torch.Tensor,
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     options: FlatOptions,
     kept_q: Kept | None,
     kept_k: Kept | None,
     regime: int,
-) -> torch.Tensor:
-    """Write dQ, then dK and dV to `grads`, each summed in a fixed order; return delta (H, T)."""
-    dq, dk, dv = grads
+) -> _calls.Backward:
+    """What writes dQ, then dK and dV, each summed in a fixed order, and returns delta, for tensors like these."""
     total, heads, head_dim = q.shape
     total_k, kv_heads, v_dim = v.shape
-    delta = torch.empty_like(lse)
     left, right, scale, softcap = options[:4]
     inputs = q.stride()[:2] + k.stride()[:2] + v.stride()[:2]
 
     strides = inputs + o.stride()[:2] + do.stride()[:2]
-    launch, tiles = _planned("dq", q, v, options, strides, (k, v), dlse, regime)
-    tile_map = _tiles.of(kept_q, cu_q, cu_k, total, total_k, tiles.rows, left, right)
-    slots = tile_map.slots
-    rows = lse.new_empty((heads, slots, 2, tiles.rows))
-    launch(
-        (slots * heads, 1, 1),
-        (q, k, v, o, do, lse, lse if dlse is None else dlse, tile_map.tiles, dq, delta, rows),
-        (*strides, heads * head_dim, head_dim, total, slots, scale, softcap, left, right),
-    )
+    of_dq, tiles = _planned("dq", q, v, options, strides, (k, v), dlse, regime)
+    rows_of = tiles.rows
+    q_tiles, slots = _tiles.of(kept_q, cu_q, cu_k, total, total_k, rows_of, left, right)
+    dq_scalars = (*strides, heads * head_dim, head_dim, total, slots, scale, softcap, left, right)
 
     strides = inputs + do.stride()[:2]
-    launch, tiles = _planned("dkv", q, v, options, strides, (q, do), None, regime)
-    tile_map = _tiles.of(kept_k, cu_k, cu_q, total_k, total, tiles.rows, right, left)
-    launch(
-        (tile_map.slots * kv_heads, 1, 1),
-        (q, k, v, do, rows, tile_map.tiles, dk, dv),
-        (
-            *strides,
-            kv_heads * head_dim,
-            head_dim,
-            kv_heads * v_dim,
-            v_dim,
-            tile_map.slots,
-            slots,
-            scale,
-            softcap,
-            left,
-            right,
-        ),
-    )
-    return delta
+    of_dkv, tiles = _planned("dkv", q, v, options, strides, (q, do), None, regime)
+    k_tiles, k_slots = _tiles.of(kept_k, cu_k, cu_q, total_k, total, tiles.rows, right, left)
+    strides = (*strides, kv_heads * head_dim, head_dim, kv_heads * v_dim, v_dim)
+    dkv_scalars = (*strides, k_slots, slots, scale, softcap, left, right)
+    dq_grid, dkv_grid = (slots * heads, 1, 1), (k_slots * kv_heads, 1, 1)
+
+    def launch(given: _calls.Given, grads: _calls.Grads) -> torch.Tensor:
+        (do, dlse, q, k, v, o, lse), (dq, dk, dv) = given, grads
+        delta = torch.empty_like(lse)
+        rows = lse.new_empty((heads, slots, 2, rows_of))
+        tensors = (q, k, v, o, do, lse, lse if dlse is None else dlse, q_tiles, dq, delta, rows)
+        of_dq(dq_grid, tensors, dq_scalars)
+        of_dkv(dkv_grid, (q, k, v, do, rows, k_tiles, dk, dv), dkv_scalars)
+        return delta
+
+    return launch

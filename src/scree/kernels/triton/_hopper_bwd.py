@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from . import _tiles
+from ._attention_calls import Backward, Given, Grads
 from ._hopper import has_gluon, reaches
 from ._hopper_bwd_dq_kernels import TURNS
 from ._launch import INTERPRETED, Launcher, capability, device_number
@@ -64,56 +65,50 @@ def why_not(
     return None
 
 
-def backward(
+def plan(
     do: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    o: torch.Tensor,
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     options: FlatOptions,
     kept_q: Kept | None,
     kept_k: Kept | None,
     long: bool,
-) -> torch.Tensor:
-    """Write dQ, dK and dV to `grads`; return delta (H, T).
+) -> Backward:
+    """What writes dQ, dK and dV, and returns delta, for tensors like these.
 
     dQ is added up in a fixed order only where the options, or PyTorch, say so.
     """
-    dq, dk, dv = grads
     total, heads, width = q.shape
     kv_heads, step = k.shape[1], CONFIGS[width].step
     q_map = _tiles.of(kept_q, cu_q, cu_k, total, k.shape[0], step, options.left, options.right)
     k_map = _tiles.of(kept_k, cu_k, cu_q, k.shape[0], total, _KEYS, options.right, options.left)
-    slots = q_map.slots
-    delta = torch.empty_like(lse)
-    rows = torch.empty((heads, slots, 2, step), dtype=torch.float32, device=q.device)
-    acc = torch.empty((heads, slots, step * width), dtype=torch.float32, device=q.device)
-    turns = torch.empty((heads, slots, TURNS.value), dtype=torch.int32, device=q.device)
+    q_tiles, slots = q_map
+    k_tiles, k_slots = k_map
     before, main, after = _launchers(q, k, v, o, do, dlse, options, long)
-    grid = (slots * heads, 1, 1)
-    before(
-        grid,
-        (o, do, lse, lse if dlse is None else dlse, q_map.tiles, delta, rows, acc, turns),
-        (*o.stride()[:2], *do.stride()[:2], total, slots),
-    )
-    main(
-        (k_map.slots * kv_heads, 1, 1),
-        (q, k, v, do, rows, k_map.tiles, acc, turns, dk, dv),
-        (
-            *(stride for x in (q, k, v, do, dk, dv) for stride in x.stride()[:2]),
-            k_map.slots,
-            slots,
-            options.scale,
-            options.right,
-        ),
-    )
-    after(grid, (acc, q_map.tiles, dq), (*dq.stride()[:2], slots, options.scale))
-    return delta
+    grid, main_grid = (slots * heads, 1, 1), (k_slots * kv_heads, 1, 1)
+    of_before = (*o.stride()[:2], *do.stride()[:2], total, slots)
+    inputs = (stride for x in (q, k, v, do) for stride in x.stride()[:2])
+    grads_of_keys = (kv_heads * width, width) * 2
+    of_main = (*inputs, *grads_of_keys, k_slots, slots, options.scale, options.right)
+    of_after = (heads * width, width, slots, options.scale)
+
+    def launch(given: Given, grads: Grads) -> torch.Tensor:
+        (do, dlse, q, k, v, o, lse), (dq, dk, dv) = given, grads
+        delta = torch.empty_like(lse)
+        rows = lse.new_empty((heads, slots, 2, step))
+        acc = lse.new_empty((heads, slots, step * width))
+        turns = lse.new_empty((heads, slots, TURNS.value), dtype=torch.int32)
+        before(grid, (o, do, lse, lse if dlse is None else dlse, q_tiles, delta, rows, acc, turns), of_before)
+        main(main_grid, (q, k, v, do, rows, k_tiles, acc, turns, dk, dv), of_main)
+        after(grid, (acc, q_tiles, dq), of_after)
+        return delta
+
+    return launch
 
 
 def _together(kv_heads: int, long: bool, causal: bool, ordered: bool) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _tiles
+from ._attention_calls import Backward, Given, Grads
 from ._hopper import has_gluon
 from ._launch import INTERPRETED, Launcher, capability, device_number
 from ._tiles import Kept
@@ -48,60 +49,51 @@ def _reaches(x: torch.Tensor) -> bool:
     return stride_t % 16 == stride_h % 16 == x.data_ptr() % 16 == 0 and stride_t < _MOST_STRIDE
 
 
-def backward(
+def plan(
     do: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    o: torch.Tensor,
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     options: FlatOptions,
     kept_q: Kept | None,
     kept_k: Kept | None,
     long: bool,
     short: bool,
-) -> torch.Tensor:
-    """Write dQ, then dK and dV to `grads`, each summed in a fixed order; return delta (H, T).
+) -> Backward:
+    """What writes dQ, then dK and dV, each summed in a fixed order, and returns delta, for tensors like these.
 
     Nothing may be launched between the two: the second is there before the first ends, and waits for that alone.
     """
-    dq, dk, dv = grads
     total, heads, _ = q.shape
     total_k, kv_heads, _ = k.shape
     q_map = _tiles.of(kept_q, cu_q, cu_k, total, total_k, _ROWS, options.left, options.right)
     k_map = _tiles.of(kept_k, cu_k, cu_q, total_k, total, _ROWS, options.right, options.left)
-    delta = torch.empty_like(lse)
-    rows = torch.empty((heads, q_map.slots, 2, _ROWS), dtype=torch.float32, device=q.device)
+    q_tiles, slots = q_map
+    k_tiles, k_slots = k_map
     # Where rows are short, a program of the second takes two heads: more than its start keeps it busy.
     turns = 2 if short and options.right < 0 and kv_heads % 2 == 0 else 1
     first, second = _launchers(q, kv_heads, turns, options.right >= 0, dlse is not None, long)
-    first(
-        (q_map.slots * heads, 1, 1),
-        (q, k, v, o, do, lse, lse if dlse is None else dlse, q_map.tiles, dq, delta, rows),
-        (
-            *(stride for x in (q, k, v, o, do, dq) for stride in x.stride()[:2]),
-            total,
-            q_map.slots,
-            options.scale,
-            options.right,
-        ),
-    )
-    second(
-        (k_map.slots * (kv_heads // turns), 1, 1),
-        (q, k, v, do, rows, k_map.tiles, dk, dv),
-        (
-            *(stride for x in (q, k, v, do, dk, dv) for stride in x.stride()[:2]),
-            k_map.slots,
-            q_map.slots,
-            options.scale,
-            options.right,
-        ),
-    )
-    return delta
+    first_grid, second_grid = (slots * heads, 1, 1), (k_slots * (kv_heads // turns), 1, 1)
+    inputs, of_do = q.stride()[:2] + k.stride()[:2] + v.stride()[:2], do.stride()[:2]
+    strides = (*inputs, *o.stride()[:2], *of_do, heads * _WIDTH, _WIDTH)
+    of_first = (*strides, total, slots, options.scale, options.right)
+    strides = (*inputs, *of_do, *(kv_heads * _WIDTH, _WIDTH) * 2)
+    of_second = (*strides, k_slots, slots, options.scale, options.right)
+
+    def launch(given: Given, grads: Grads) -> torch.Tensor:
+        (do, dlse, q, k, v, o, lse), (dq, dk, dv) = given, grads
+        delta = torch.empty_like(lse)
+        rows = lse.new_empty((heads, slots, 2, _ROWS))
+        tensors = (q, k, v, o, do, lse, lse if dlse is None else dlse, q_tiles, dq, delta, rows)
+        first(first_grid, tensors, of_first)
+        second(second_grid, (q, k, v, do, rows, k_tiles, dk, dv), of_second)
+        return delta
+
+    return launch
 
 
 def _launchers(
