@@ -33,14 +33,16 @@ _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
-def _leave(dq_sm, dq_full, dq_empty, dq, count, BLOCK_M: gl.constexpr, WIDTH: gl.constexpr):
+def _leave(
+    dq_sm, dq_full, dq_empty, dq, count, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, WIDTH: gl.constexpr
+):
     """Leave dq of block ``count - 1`` to be added, in the order in which the threads hold it (see `_in_order`)."""
     x = gl.reshape(dq, [BLOCK_M // 16, 2, 8, WIDTH // 8, 4, 2])
     x = gl.permute(x, (0, 3, 2, 4, 1, 5))
     mbarrier.wait(dq_empty, count & 1)
     dq_sm.store(gl.reshape(x, [BLOCK_M * WIDTH // LINE, LINE]))
     fence_async_shared()
-    mbarrier.arrive(dq_full, count=1)
+    mbarrier.arrive(dq_full.index(2 * GROUP + (count + 1 & 1)), count=1)
 
 
 @gluon.jit
@@ -94,7 +96,7 @@ def _step(
     mbarrier.arrive(do_empty.index(stage), count=1)
     dq = warpgroup_mma_wait(1, deps=(dq,))
     if count > 0:
-        _leave(dq_sm.index(GROUP), dq_full.index(GROUP), dq_empty.index(GROUP), dq, count, BLOCK_M, D // 2)
+        _leave(dq_sm.index(GROUP), dq_full, dq_empty.index(GROUP), dq, count, GROUP, BLOCK_M, D // 2)
     dk = warpgroup_mma_wait(0, deps=(dk,))
     mbarrier.arrive(q_empty.index(stage), count=1)
     return dk, dv
@@ -179,7 +181,7 @@ def _multiply(
     if count > 0:
         dq = _multiply_dq(k_half, ds_sm, ds_full, count, D, BLOCK_M, dq_layout)
         dq = warpgroup_mma_wait(0, deps=(dq,))
-        _leave(dq_sm.index(GROUP), dq_full.index(GROUP), dq_empty.index(GROUP), dq, count, BLOCK_M, D // 2)
+        _leave(dq_sm.index(GROUP), dq_full, dq_empty.index(GROUP), dq, count, GROUP, BLOCK_M, D // 2)
     first = block * BLOCK_N + GROUP * ROWS
     base = k_start + first
     dv_ptr += base * stride_dv_t + head * stride_dv_h
@@ -241,10 +243,10 @@ def _fetch(
 @gluon.jit
 def _fetch_and_add(
     x_sm, full, dq, work, arguments, sums,
-    GROUP: gl.constexpr, SHARED: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
+    TURN: gl.constexpr, SHARED: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
     ORDERED: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches K or V, once, and then has one half of the columns of every dQ added."""
+    """The warp that fetches K, TURN 0, or V, 1, and then has every other dQ added."""
     head, block, tile, begin, _m, end = work
     ptr, stride_t, stride_h, start, length = arguments
     acc_ptr, turns_ptr, slots_q = sums
@@ -257,7 +259,7 @@ def _fetch_and_add(
     shape = [HEADS * SHARED * slots_q * (BLOCK_M * D // LINE), LINE]
     acc_desc = tma.make_tensor_descriptor(acc_ptr, shape, [LINE, 1], [BLOCK_M * D // 2 // LINE, LINE], layout)
     added = (acc_desc, turns_ptr, tile, slots_q, block, begin, end)
-    _add(dq_sm, dq_full, dq_empty, added, GROUP, SHARED, D, BLOCK_M, ORDERED)
+    _add(dq_sm, dq_full, dq_empty, added, TURN, SHARED, D, BLOCK_M, ORDERED)
 
 
 @gluon.jit(do_not_specialize=["slots", "slots_q", "scale", "right"])
@@ -299,7 +301,7 @@ def _hopper_bwd_kernel(
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
     do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
     ds_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], one)
-    dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], one)
+    dq_full = gl.allocate_shared_memory(gl.int64, [4, 1], one)
     dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], one)
     k_full = kv_full.index(0)
     v_full = kv_full.index(1)
@@ -312,8 +314,9 @@ def _hopper_bwd_kernel(
         mbarrier.init(do_empty.index(i), count=2)
     for i in gl.static_range(SLOTS):
         mbarrier.init(ds_full.index(i), count=2)
-    for i in gl.static_range(2):
+    for i in gl.static_range(4):
         mbarrier.init(dq_full.index(i), count=1)
+    for i in gl.static_range(2):
         mbarrier.init(dq_empty.index(i), count=1)
     memory = (k_sm, v_sm, q_sm, do_sm, lse_sm, delta_sm, ds_sm, dq_sm)
     barriers = (k_full, v_full, q_full, do_full, q_empty, do_empty, ds_full, dq_full, dq_empty)
@@ -324,8 +327,7 @@ def _hopper_bwd_kernel(
     keys = (k_ptr, stride_k_t, stride_k_h, k_start, k_length)
     values = (v_ptr, stride_v_t, stride_v_h, k_start, k_length)
     sums = (acc_ptr, turns_ptr, across)
-    dq_0 = (dq_sm.index(0), dq_full.index(0), dq_empty.index(0))
-    dq_1 = (dq_sm.index(1), dq_full.index(1), dq_empty.index(1))
+    dq = (dq_sm, dq_full, dq_empty)
     multiplied = (
         dk_ptr, dv_ptr, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h, k_start, k_length, q_length, scale, right,
     )  # fmt: skip
@@ -334,6 +336,6 @@ def _hopper_bwd_kernel(
         (_multiply, (memory, barriers, work, multiplied, 1, SHARED, D, BLOCK_M, STAGES, HAS_RIGHT)),
         (_fetch, (q_sm, lse_sm, q_full, q_empty, work, queries, 0, SHARED, HEADS, D, BLOCK_M, STAGES)),
         (_fetch, (do_sm, delta_sm, do_full, do_empty, work, outputs, 1, SHARED, HEADS, D, BLOCK_M, STAGES)),
-        (_fetch_and_add, (k_sm, k_full, dq_0, work, keys, sums, 0, SHARED, HEADS, D, BLOCK_M, ORDERED)),
-        (_fetch_and_add, (v_sm, v_full, dq_1, work, values, sums, 1, SHARED, HEADS, D, BLOCK_M, ORDERED)),
+        (_fetch_and_add, (k_sm, k_full, dq, work, keys, sums, 0, SHARED, HEADS, D, BLOCK_M, ORDERED)),
+        (_fetch_and_add, (v_sm, v_full, dq, work, values, sums, 1, SHARED, HEADS, D, BLOCK_M, ORDERED)),
     ], [4, 1, 1, 1, 1], [240, 24, 24, 24, 24])  # fmt: skip
