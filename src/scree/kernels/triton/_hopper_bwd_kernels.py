@@ -33,9 +33,7 @@ _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
-def _leave(
-    dq_sm, dq_full, dq_empty, dq, count, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, WIDTH: gl.constexpr
-):
+def _leave(dq_sm, dq_full, dq_empty, dq, count, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, WIDTH: gl.constexpr):
     """Leave dq of block ``count - 1`` to be added, in the order in which the threads hold it (see `_in_order`)."""
     x = gl.reshape(dq, [BLOCK_M // 16, 2, 8, WIDTH // 8, 4, 2])
     x = gl.permute(x, (0, 3, 2, 4, 1, 5))
