@@ -203,7 +203,7 @@ def _write(ptr, stride_t, x, room, length, D: gl.constexpr):
 def _describe(ptr, start, length, stride_t, stride_h, HEADS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr):
     """What the copy engine has to know of the rows of one sequence: it fetches zeros for those beyond them.
 
-    To write that to memory and have the copy engine see it takes a microsecond, so each warp does so for what it fetches.
+    To write that to memory and have the copy engine see it takes long, so each warp does so for what it fetches.
     """
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], ptr.dtype.element_ty)
     return tma.make_tensor_descriptor(
