@@ -62,7 +62,7 @@ def test_no_barrier_shares_its_memory(monkeypatch, causal, fixed):
     others = set()
     for count, bits, place in re.findall(r"(?:st|ld)\.shared\.(?:v(\d)\.)?b(\d+)\s.*\[global_smem\+(\d+)\]", ptx):
         others |= set(range(int(place), int(place) + int(count or 1) * int(bits) // 8))
-    assert len(barriers) == 18
+    assert len(barriers) == 20
     assert others
     assert not others & {place + i for place in barriers for i in range(8)}
 

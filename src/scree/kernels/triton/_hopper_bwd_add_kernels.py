@@ -1,7 +1,6 @@
-"""How the attention backward for Hopper adds up dQ: a warp for each half of the columns, in a fixed order or in none.
+"""How the attention backward for Hopper adds up dQ: two warps in turn, in a fixed order of the blocks or in none.
 
-Of each tile of queries two counters say how many blocks of keys have added to the halves of its dQ: block j waits until
-that is j. No block waits in vain. It sees a tile only if all blocks before it do, as there is no window to the left, so
+Of each tile of queries a counter says how many blocks of keys have added to its dQ: block j waits until that is j. No block waits in vain. It sees a tile only if all blocks before it do, as there is no window to the left, so
 each of them adds to it. And each of them has a program that runs: programs take the blocks of a sequence in their order,
 when they start. Nor does it wait long: all walk from the last query to the first, so one that starts later is behind.
 """
@@ -27,8 +26,8 @@ else:
 
 @gluon.jit
 def _take(turns_ptr, sequence, head, slots_q):
-    """Take the next block of keys of a sequence and a head; a third integer of some tile of queries counts them."""
-    return gl.atomic_add(turns_ptr + (head * slots_q + sequence) * TURNS + 2, 1, sem="relaxed")
+    """Take the next block of keys of a sequence and a head; another integer of some tile of queries counts them."""
+    return gl.atomic_add(turns_ptr + (head * slots_q + sequence) * TURNS + 1, 1, sem="relaxed")
 
 
 @gluon.jit
@@ -75,26 +74,30 @@ def _pass_on(turn_ptr, turn):
 @gluon.jit
 def _add(
     dq_sm, dq_full, dq_empty, arguments,
-    GROUP: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, ORDERED: gl.constexpr,
+    TURN: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
-    """A warp that has one half of the columns of every dQ added to those in memory.
+    """A warp that has every other dQ added to those in memory, from the first on or, where TURN is 1, from the second.
 
-    `tile` is the one that holds query 0 of the first head of the group.
+    While one of the two warps waits for what it added to be in memory, the other one adds the next. `tile` is the one that
+    holds query 0 of the first head of the group.
     """
     acc_desc, turns_ptr, tile, slots_q, block, begin, end = arguments
     LINES: gl.constexpr = BLOCK_M * D // 2 // LINE
-    phase = 0
+    count = 0
     for at in range(end - BLOCK_M, begin - 1, -BLOCK_M):
         place = tile + at // BLOCK_M
         for _ in range(SHARED):
-            turn_ptr = turns_ptr + (place * TURNS + GROUP)
-            if ORDERED:
-                _await(turn_ptr, block)
-            mbarrier.wait(dq_full, phase)
-            _tma_add(acc_desc, [(place * 2 + GROUP) * LINES, 0], dq_sm)
-            tma.store_wait(0)
-            mbarrier.arrive(dq_empty, count=1)
-            if ORDERED:
-                _pass_on(turn_ptr, block + 1)
-            phase ^= 1
+            if count % 2 == TURN:
+                turn_ptr = turns_ptr + place * TURNS
+                if ORDERED:
+                    _await(turn_ptr, block)
+                for half in gl.static_range(2):
+                    mbarrier.wait(dq_full.index(2 * half + TURN), count // 2 & 1)
+                    _tma_add(acc_desc, [(place * 2 + half) * LINES, 0], dq_sm.index(half))
+                tma.store_wait(0)
+                for half in gl.static_range(2):
+                    mbarrier.arrive(dq_empty.index(half), count=1)
+                if ORDERED:
+                    _pass_on(turn_ptr, block + 1)
             place += slots_q
+            count += 1

@@ -6,7 +6,7 @@ import triton.language as tl
 from ._attention_fwd_kernels import LOG2E, _tile
 from ._tiles_kernels import ABSENT
 
-TURNS = tl.constexpr(4)  # integers a tile of queries, by which those that add to its dQ take turns
+TURNS = tl.constexpr(2)  # integers a tile of queries, by which those that add to its dQ take turns
 
 
 @triton.jit(do_not_specialize=["total_q", "slots"])

@@ -1,4 +1,4 @@
-"""Attention backward for Hopper (sm_90), in Gluon: two warpgroups multiply, a warp fetches, two more add up dQ.
+"""Attention backward for Hopper (sm_90), in Gluon: two warpgroups multiply, two warps fetch, two more add up dQ.
 
 Each program has a tile of 128 keys and walks over the queries that see it, of all heads that share the keys, the last
 ones first. Each warpgroup keeps the dK and dV of 64 keys in registers, and computes the scores transposed, so that the
@@ -33,14 +33,14 @@ _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
-def _leave(dq_sm, dq_full, dq_empty, dq, count, BLOCK_M: gl.constexpr, WIDTH: gl.constexpr):
+def _leave(dq_sm, dq_full, dq_empty, dq, count, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, WIDTH: gl.constexpr):
     """Leave dq of block ``count - 1`` to be added, in the order in which the threads hold it (see `_in_order`)."""
     x = gl.reshape(dq, [BLOCK_M // 16, 2, 8, WIDTH // 8, 4, 2])
     x = gl.permute(x, (0, 3, 2, 4, 1, 5))
     mbarrier.wait(dq_empty, count & 1)
     dq_sm.store(gl.reshape(x, [BLOCK_M * WIDTH // LINE, LINE]))
     fence_async_shared()
-    mbarrier.arrive(dq_full, count=1)
+    mbarrier.arrive(dq_full.index(2 * GROUP + (count + 1 & 1)), count=1)
 
 
 @gluon.jit
@@ -58,7 +58,7 @@ def _step(
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
     S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, DQ_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """The queries from `at`; and dQ of the block before.
+    """The queries from `at`; and dQ of the block before, which is left to be added while dK is multiplied.
 
     One step later, because dS of the other warpgroup is there by then: so one can multiply while the other computes.
     With four places for dS a warpgroup is never too early to write: that both have written two steps ago, for which
@@ -88,15 +88,15 @@ def _step(
     ds_sm.index(slot).slice(GROUP * ROWS, ROWS, 0).store(ds)
     fence_async_shared()
     mbarrier.arrive(ds_full.index(slot), count=1)
-    dk = warpgroup_mma(gl.convert_layout(ds, P_LAYOUT), q_sm.index(stage), dk, is_async=True)
     dq = _multiply_dq(k_half, ds_sm, ds_full, count, D, BLOCK_M, DQ_LAYOUT)
+    dk = warpgroup_mma(gl.convert_layout(ds, P_LAYOUT), q_sm.index(stage), dk, is_async=True)
     dv = warpgroup_mma_wait(2, deps=(dv,))
     mbarrier.arrive(do_empty.index(stage), count=1)
-    dk = warpgroup_mma_wait(1, deps=(dk,))
-    mbarrier.arrive(q_empty.index(stage), count=1)
-    dq = warpgroup_mma_wait(0, deps=(dq,))
+    dq = warpgroup_mma_wait(1, deps=(dq,))
     if count > 0:
-        _leave(dq_sm.index(GROUP), dq_full.index(GROUP), dq_empty.index(GROUP), dq, count, BLOCK_M, D // 2)
+        _leave(dq_sm.index(GROUP), dq_full, dq_empty.index(GROUP), dq, count, GROUP, BLOCK_M, D // 2)
+    dk = warpgroup_mma_wait(0, deps=(dk,))
+    mbarrier.arrive(q_empty.index(stage), count=1)
     return dk, dv
 
 
@@ -179,52 +179,85 @@ def _multiply(
     if count > 0:
         dq = _multiply_dq(k_half, ds_sm, ds_full, count, D, BLOCK_M, dq_layout)
         dq = warpgroup_mma_wait(0, deps=(dq,))
-        _leave(dq_sm.index(GROUP), dq_full.index(GROUP), dq_empty.index(GROUP), dq, count, BLOCK_M, D // 2)
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, a_layout))
-    inner = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, a_layout)), 0)
+        _leave(dq_sm.index(GROUP), dq_full, dq_empty.index(GROUP), dq, count, GROUP, BLOCK_M, D // 2)
     first = block * BLOCK_N + GROUP * ROWS
-    mask = gl.expand_dims(rows < k_length - first, 1)
-    rows = gl.expand_dims(rows, 1)
     base = k_start + first
-    dk_ptr += base * stride_dk_t + head * stride_dk_h
     dv_ptr += base * stride_dv_t + head * stride_dv_h
-    gl.store(dv_ptr + rows * stride_dv_t + inner, dv.to(k.dtype), mask=mask)
-    gl.store(dk_ptr + rows * stride_dk_t + inner, (dk * scale).to(k.dtype), mask=mask)
+    dk_ptr += base * stride_dk_t + head * stride_dk_h
+    _write(dv_ptr, stride_dv_t, dv.to(k.dtype), v, k_length - first, D)
+    _write(dk_ptr, stride_dk_t, (dk * scale).to(k.dtype), v, k_length - first, D)
+
+
+@gluon.jit
+def _write(ptr, stride_t, x, room, length, D: gl.constexpr):
+    """Write the first `length` rows of x in whole lines; `room`, in shared memory, is where they are put together."""
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    room.store(x)
+    x = room.load(lines)
+    rows = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, lines)), 1)
+    inner = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, lines)), 0)
+    gl.store(ptr + rows * stride_t + inner, x, mask=rows < length)
+
+
+@gluon.jit
+def _describe(ptr, start, length, stride_t, stride_h, HEADS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr):
+    """What the copy engine has to know of the rows of one sequence: it fetches zeros for those beyond them.
+
+    To write that to memory and have the copy engine see it takes long, so each warp does so for what it fetches.
+    """
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], ptr.dtype.element_ty)
+    return tma.make_tensor_descriptor(
+        ptr + start * stride_t, [length, ((HEADS - 1) * stride_h + D).to(gl.int32)], [stride_t, 1], [BLOCK, D], layout
+    )
 
 
 @gluon.jit
 def _fetch(
-    memory, barriers, work, arguments,
-    SHARED: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    x_sm, row_sm, full, empty, work, arguments,
+    WHICH: gl.constexpr, SHARED: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches what the others need, in the order of their use."""
-    k_sm, v_sm, q_sm, do_sm, lse_sm, delta_sm, _, _dq = memory
-    k_full, v_full, q_full, do_full, q_empty, do_empty, _ds, _qf, _qe = barriers
-    head, block, tile, begin, _m, end = work
-    q_desc, k_desc, v_desc, do_desc, rows_desc, stride_q_h, stride_k_h, stride_v_h, stride_do_h, slots_q = arguments
-    if begin < end:
-        mbarrier.expect(k_full, k_desc.block_type.nbytes)
-        _tma_load(k_desc, [block * BLOCK_N, (head * stride_k_h).to(gl.int32)], k_full, k_sm)
-        mbarrier.expect(v_full, v_desc.block_type.nbytes)
-        _tma_load(v_desc, [block * BLOCK_N, (head * stride_v_h).to(gl.int32)], v_full, v_sm)
+    """The warp that fetches Q and LSE, WHICH 0, or dO and delta, 1, in the order of their use."""
+    head, _block, tile, begin, _m, end = work
+    ptr, rows_ptr, stride_t, stride_h, start, length, slots_q = arguments
+    layout: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
+    desc = _describe(ptr, start, length, stride_t, stride_h, HEADS * SHARED, BLOCK_M, D)
+    shape = [HEADS * SHARED * slots_q * 2, BLOCK_M]
+    rows_desc = tma.make_tensor_descriptor(rows_ptr, shape, [BLOCK_M, 1], [1, BLOCK_M], layout)
     count = 0
     for at in range(end - BLOCK_M, begin - 1, -BLOCK_M):
-        part = (tile + at // BLOCK_M) * 2
+        part = (tile + at // BLOCK_M) * 2 + WHICH
         for member in range(SHARED):
-            q_head = head * SHARED + member
             stage = count % STAGES
-            free = (count // STAGES & 1) ^ 1
-            mbarrier.wait(q_empty.index(stage), free)
-            mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + rows_desc.block_type.nbytes)
-            _tma_load(q_desc, [at, (q_head * stride_q_h).to(gl.int32)], q_full.index(stage), q_sm.index(stage))
-            _tma_load(rows_desc, [part, 0], q_full.index(stage), lse_sm.index(stage))
-            full = do_full.index(stage)
-            mbarrier.wait(do_empty.index(stage), free)
-            mbarrier.expect(full, do_desc.block_type.nbytes + rows_desc.block_type.nbytes)
-            _tma_load(do_desc, [at, (q_head * stride_do_h).to(gl.int32)], full, do_sm.index(stage))
-            _tma_load(rows_desc, [part + 1, 0], full, delta_sm.index(stage))
+            mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), desc.block_type.nbytes + rows_desc.block_type.nbytes)
+            column = ((head * SHARED + member) * stride_h).to(gl.int32)
+            _tma_load(desc, [at, column], full.index(stage), x_sm.index(stage))
+            _tma_load(rows_desc, [part, 0], full.index(stage), row_sm.index(stage))
             part += slots_q * 2
             count += 1
+
+
+@gluon.jit
+def _fetch_and_add(
+    x_sm, full, dq, work, arguments, sums,
+    TURN: gl.constexpr, SHARED: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
+    ORDERED: gl.constexpr,
+):  # fmt: skip
+    """The warp that fetches K, TURN 0, or V, 1, and then has every other dQ added."""
+    head, block, tile, begin, _m, end = work
+    ptr, stride_t, stride_h, start, length = arguments
+    acc_ptr, turns_ptr, slots_q = sums
+    dq_sm, dq_full, dq_empty = dq
+    if begin < end:
+        desc = _describe(ptr, start, length, stride_t, stride_h, HEADS, BLOCK_N, D)
+        mbarrier.expect(full, desc.block_type.nbytes)
+        _tma_load(desc, [block * BLOCK_N, (head * stride_h).to(gl.int32)], full, x_sm)
+    layout: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
+    shape = [HEADS * SHARED * slots_q * (BLOCK_M * D // LINE), LINE]
+    acc_desc = tma.make_tensor_descriptor(acc_ptr, shape, [LINE, 1], [BLOCK_M * D // 2 // LINE, LINE], layout)
+    added = (acc_desc, turns_ptr, tile, slots_q, block, begin, end)
+    _add(dq_sm, dq_full, dq_empty, added, TURN, SHARED, D, BLOCK_M, ORDERED)
 
 
 @gluon.jit(do_not_specialize=["slots", "slots_q", "scale", "right"])
@@ -251,30 +284,6 @@ def _hopper_bwd_kernel(
     )
     begin, middle, end = _steps(block, k_length, q_length, right, BLOCK_M, HAS_RIGHT)
     tile = (head * SHARED * slots_q + q_start // BLOCK_M + row).to(gl.int32)  # of the first head of the group
-    q_desc = tma.make_tensor_descriptor(
-        q_ptr + q_start * stride_q_t, [q_length, ((HEADS * SHARED - 1) * stride_q_h + D).to(gl.int32)],
-        [stride_q_t, 1], [BLOCK_M, D], q_layout,
-    )  # fmt: skip
-    do_desc = tma.make_tensor_descriptor(
-        do_ptr + q_start * stride_do_t, [q_length, ((HEADS * SHARED - 1) * stride_do_h + D).to(gl.int32)],
-        [stride_do_t, 1], [BLOCK_M, D], q_layout,
-    )  # fmt: skip
-    k_desc = tma.make_tensor_descriptor(
-        k_ptr + k_start * stride_k_t, [k_length, ((HEADS - 1) * stride_k_h + D).to(gl.int32)],
-        [stride_k_t, 1], [BLOCK_N, D], k_layout,
-    )  # fmt: skip
-    v_desc = tma.make_tensor_descriptor(
-        v_ptr + k_start * stride_v_t, [k_length, ((HEADS - 1) * stride_v_h + D).to(gl.int32)],
-        [stride_v_t, 1], [BLOCK_N, D], k_layout,
-    )  # fmt: skip
-    rows_desc = tma.make_tensor_descriptor(
-        rows_ptr, [(HEADS * SHARED * slots_q * 2).to(gl.int32), BLOCK_M],
-        [BLOCK_M, 1], [1, BLOCK_M], rows_layout,
-    )  # fmt: skip
-    acc_desc = tma.make_tensor_descriptor(
-        acc_ptr, [(HEADS * SHARED * slots_q * (BLOCK_M * D // LINE)).to(gl.int32), LINE],
-        [LINE, 1], [BLOCK_M * D // 2 // LINE, LINE], rows_layout,
-    )  # fmt: skip
     dq_sm = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M * D // 2 // LINE, LINE], rows_layout)
     k_sm = gl.allocate_shared_memory(dtype, [BLOCK_N, D], k_layout)
     v_sm = gl.allocate_shared_memory(dtype, [BLOCK_N, D], k_layout)
@@ -290,7 +299,7 @@ def _hopper_bwd_kernel(
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
     do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
     ds_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], one)
-    dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], one)
+    dq_full = gl.allocate_shared_memory(gl.int64, [4, 1], one)
     dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], one)
     k_full = kv_full.index(0)
     v_full = kv_full.index(1)
@@ -303,22 +312,28 @@ def _hopper_bwd_kernel(
         mbarrier.init(do_empty.index(i), count=2)
     for i in gl.static_range(SLOTS):
         mbarrier.init(ds_full.index(i), count=2)
-    for i in gl.static_range(2):
+    for i in gl.static_range(4):
         mbarrier.init(dq_full.index(i), count=1)
+    for i in gl.static_range(2):
         mbarrier.init(dq_empty.index(i), count=1)
     memory = (k_sm, v_sm, q_sm, do_sm, lse_sm, delta_sm, ds_sm, dq_sm)
     barriers = (k_full, v_full, q_full, do_full, q_empty, do_empty, ds_full, dq_full, dq_empty)
     work = (head, block, tile, begin, middle, end)
     across = slots_q.to(gl.int32)
-    fetched = (q_desc, k_desc, v_desc, do_desc, rows_desc, stride_q_h, stride_k_h, stride_v_h, stride_do_h, across)
+    queries = (q_ptr, rows_ptr, stride_q_t, stride_q_h, q_start, q_length, across)
+    outputs = (do_ptr, rows_ptr, stride_do_t, stride_do_h, q_start, q_length, across)
+    keys = (k_ptr, stride_k_t, stride_k_h, k_start, k_length)
+    values = (v_ptr, stride_v_t, stride_v_h, k_start, k_length)
+    sums = (acc_ptr, turns_ptr, across)
+    dq = (dq_sm, dq_full, dq_empty)
     multiplied = (
         dk_ptr, dv_ptr, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h, k_start, k_length, q_length, scale, right,
     )  # fmt: skip
-    added = (acc_desc, turns_ptr, tile, across, block, begin, end)
     gl.warp_specialize([
         (_multiply, (memory, barriers, work, multiplied, 0, SHARED, D, BLOCK_M, STAGES, HAS_RIGHT)),
         (_multiply, (memory, barriers, work, multiplied, 1, SHARED, D, BLOCK_M, STAGES, HAS_RIGHT)),
-        (_fetch, (memory, barriers, work, fetched, SHARED, BLOCK_M, STAGES)),
-        (_add, (dq_sm.index(0), dq_full.index(0), dq_empty.index(0), added, 0, SHARED, D, BLOCK_M, ORDERED)),
-        (_add, (dq_sm.index(1), dq_full.index(1), dq_empty.index(1), added, 1, SHARED, D, BLOCK_M, ORDERED)),
-    ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
+        (_fetch, (q_sm, lse_sm, q_full, q_empty, work, queries, 0, SHARED, HEADS, D, BLOCK_M, STAGES)),
+        (_fetch, (do_sm, delta_sm, do_full, do_empty, work, outputs, 1, SHARED, HEADS, D, BLOCK_M, STAGES)),
+        (_fetch_and_add, (k_sm, k_full, dq, work, keys, sums, 0, SHARED, HEADS, D, BLOCK_M, ORDERED)),
+        (_fetch_and_add, (v_sm, v_full, dq, work, values, sums, 1, SHARED, HEADS, D, BLOCK_M, ORDERED)),
+    ], [4, 1, 1, 1, 1], [240, 24, 24, 24, 24])  # fmt: skip
