@@ -34,7 +34,7 @@ def anywhere(jx, monkeypatch):
 
 
 @pytest.fixture
-def interpreted(jx, anywhere, monkeypatch):
+def interpreted(anywhere, monkeypatch):
     """Run the kernels in the interpreter."""
     if not hasattr(pytest.importorskip("jax.experimental.pallas.triton"), "load"):
         pytest.skip("this JAX's Pallas is too old")
@@ -42,9 +42,6 @@ def interpreted(jx, anywhere, monkeypatch):
 
     for module in (_attention, _where):
         monkeypatch.setattr(module, "INTERPRET", True)
-    jx.module.clear_caches()  # of what was compiled without the interpreter
-    yield
-    jx.module.clear_caches()
 
 
 def arr_of(jx, lengths, features, seed=0, dtype="float32"):
@@ -268,12 +265,18 @@ def both(jx, call, values, name, *more):
         finite = jnp.where(jnp.isfinite(out), out, 0).astype("float32")
         return (finite * normal(out.shape, 7)).sum(), out
 
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(values, more)
+    # Nearly all the time goes to compiling what the interpreter makes of a kernel.
+    lowered = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)).lower(values, more)
+    (_, out), grads = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})(values, more)
     return [jx.to_np(x) for x in jax.tree_util.tree_leaves((out, grads))]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", OPS)
+HALVES = ("softmax", "max", "rmsnorm", "rope")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in OPS), *((name, "bfloat16") for name in HALVES)]
+)
 def test_ops_and_their_gradients(jx, interpreted, name, dtype):
     a = arr_of(jx, TOKEN_LENGTHS, (3, 10) if "rope" in name else (37,), 4, dtype)
     wide = a.astype("float32")
@@ -283,8 +286,7 @@ def test_ops_and_their_gradients(jx, interpreted, name, dtype):
         assert_close(x, y, dtype, rounded_factors=dtype != "float32")
 
 
-@pytest.mark.parametrize("spare", [False, True])
-@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize(("count", "spare"), [(0, False), (1, True), (2, False), (2, True)])
 def test_gradients_of_what_norms_learn(jx, interpreted, count, spare):
     a = arr_of(jx, (10, 0, 33), (2, 96), 3)
     a = scree.with_capacity(a, 5, 50) if spare else a
@@ -309,7 +311,7 @@ def test_gradients_of_tables(jx, interpreted):
         assert_close(x, y, "float32", scale=8.0)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ["softmax", "max", "logsumexp", "layernorm", "rope"])
 def test_a_row_of_an_op_alone_and_beside_nan(jx, interpreted, name):
     a, cuts = arr_of(jx, TOKEN_LENGTHS, (3, 10) if "rope" in name else (37,), 5), oracle.offsets_of(TOKEN_LENGTHS)
     bad = a.with_values(a.values.at[: cuts[1]].set(np.nan))
@@ -320,12 +322,12 @@ def test_a_row_of_an_op_alone_and_beside_nan(jx, interpreted, name):
         start = cuts[1] if len(x) == sum(TOKEN_LENGTHS) else 1
         assert_same_bits(x[start:], y[start:])
         assert len(x) == sum(TOKEN_LENGTHS) or np.isnan(y[0]).all()
-    if "starts" not in name:
-        alone = jx.to_np(OPS[name](jx, a[3:4], NAME))
-        assert_same_bits(alone, together[0][-len(alone) :])
+    row = a[3:4]
+    alone = both(jx, lambda x, impl: OPS[name](jx, row.with_values(x), impl), row.values, NAME)[0]
+    assert_same_bits(alone, together[0][-len(alone) :])
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ["softmax", "mean", "min", "rmsnorm", "rope, pairs"])
 def test_spare_values_of_an_op_are_left_out(jx, interpreted, name):
     plain = arr_of(jx, TOKEN_LENGTHS, (3, 10) if "rope" in name else (37,), 6)
     full = scree.with_capacity(plain, 4, 500)
@@ -397,9 +399,10 @@ def test_the_second_derivative_of_softmax(jx, interpreted):
     assert_close(product(NAME), product("reference"), "float32")
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ["softmax", "mean", "max", "layernorm", "rope, pairs"])
 def test_ops_of_another_device_are_those_of_jax_xla(jx, anywhere, name):
-    a = arr_of(jx, TOKEN_LENGTHS, (3, 10) if "rope" in name else (37,), 4)
+    a = arr_of(jx, TOKEN_LENGTHS, (3, 14) if "rope" in name else (39,), 4)
+    # Of shapes that nothing here has interpreted: what was compiled is kept by shapes.
     got, want = (
         both(jx, lambda x, impl: OPS[name](jx, a.with_values(x), impl), a.values, impl) for impl in (NAME, "jax_xla")
     )
