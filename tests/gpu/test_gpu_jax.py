@@ -37,6 +37,7 @@ CALLS = {
     "softmax of few": ((3,), lambda a, name: kernels.varlen_softmax(a, implementation=name).values),
     "sum": ((96,), lambda a, name: kernels.varlen_reduce(a, "sum", implementation=name)),
     "max": ((40,), lambda a, name: kernels.varlen_reduce(a, "max", implementation=name)),
+    "layernorm": ((96,), lambda a, name: kernels.varlen_layernorm(a, implementation=name).values),
     "logsumexp": ((96,), lambda a, name: kernels.varlen_reduce(a, "logsumexp", implementation=name)),
 }
 
@@ -78,21 +79,23 @@ def test_pallas_is_right_alone_and_again(dtype, dim):
         assert np.abs(x - z).max() <= rtol * np.abs(z).max()
 
 
+@pytest.mark.parametrize("room", [NAME, "jax_pallas"])
 @pytest.mark.parametrize("name", CALLS)
-def test_it_is_right_and_two_runs_give_the_same_bits(name):
+def test_it_is_right_and_two_runs_give_the_same_bits(name, room):
     features, call = CALLS[name]
     arr = arr_of(features)
-    got, again, want = both(call, arr, NAME), both(call, arr, NAME), both(call, arr, "reference")
+    got, again, want = both(call, arr, room), both(call, arr, room), both(call, arr, "reference")
     for a, b, c in zip(got, again, want, strict=True):
         assert_same_bits(a, b)
         np.testing.assert_allclose(a, c, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("room", [NAME, "jax_pallas"])
 @pytest.mark.parametrize("name", CALLS)
-def test_a_row_alone_has_the_same_bits(name):
+def test_a_row_alone_has_the_same_bits(name, room):
     features, call = CALLS[name]
     arr, cuts = arr_of(features), oracle.offsets_of(LENGTHS)
-    out = np.asarray(call(arr, NAME))
+    out = np.asarray(call(arr, room))
     for row in (0, 2, 3):
         place = slice(cuts[row], cuts[row + 1]) if len(out) == sum(LENGTHS) else slice(row, row + 1)
-        assert_same_bits(np.asarray(call(arr[row : row + 1], NAME)), out[place])
+        assert_same_bits(np.asarray(call(arr[row : row + 1], room)), out[place])

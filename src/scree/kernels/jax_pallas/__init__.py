@@ -1,4 +1,4 @@
-"""Attention on NVIDIA GPUs from JAX, by kernels that are written in Pallas and compiled by its Triton backend.
+"""The ops on NVIDIA GPUs from JAX, by kernels that are written in Pallas and compiled by its Triton backend.
 
 JAX calls that backend deprecated. A JAX without it is said to be one, and `jax_xla` answers there.
 """
@@ -9,13 +9,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import jax
+from jax import Array as Dense
 
 from ..._array import Array
 from .._options import AttentionOptions
 
-__all__ = ["attend"]
+__all__ = ["attend", "varlen_layernorm", "varlen_reduce", "varlen_rmsnorm", "varlen_rope", "varlen_softmax"]
 
-_WIDEST = 256
+_WIDEST, _WIDEST_TOKEN = 256, 8192
 
 
 def attend(
@@ -27,11 +28,49 @@ def attend(
     return _attention.attend(q, k, v, sinks, options)
 
 
-def why_not(op: str, q: Array, k: Array, v: Array, *args: Any) -> str | None:
+def varlen_layernorm(*args: Any, **options: Any) -> Array:
+    """Compute `scree.kernels.varlen_layernorm`."""
+    from ._norm import varlen_layernorm as norm
+
+    return norm(*args, **options)
+
+
+def varlen_rmsnorm(*args: Any, **options: Any) -> Array:
+    """Compute `scree.kernels.varlen_rmsnorm`."""
+    from ._norm import varlen_rmsnorm as norm
+
+    return norm(*args, **options)
+
+
+def varlen_rope(*args: Any, **options: Any) -> Array:
+    """Compute `scree.kernels.varlen_rope`."""
+    from ._rope import varlen_rope as rope
+
+    return rope(*args, **options)
+
+
+def varlen_softmax(*args: Any, **options: Any) -> Array:
+    """Compute `scree.kernels.varlen_softmax`."""
+    from ._segments import varlen_softmax as softmax
+
+    return softmax(*args, **options)
+
+
+def varlen_reduce(*args: Any, **options: Any) -> Dense:
+    """Compute `scree.kernels.varlen_reduce`."""
+    from ._segments import varlen_reduce as reduce
+
+    return reduce(*args, **options)
+
+
+def why_not(op: str, arr: Array, *args: Any, **options: Any) -> str | None:
     """Say what speaks against computing this call here, from metadata alone."""
-    widest = max(q.values.shape[2], v.values.shape[2])
-    if widest > _WIDEST:
-        return f"serves head dims up to {_WIDEST}, got {widest}"
+    if op == "varlen_attention":
+        widest = max(arr.values.shape[2], args[1].values.shape[2])
+        if widest > _WIDEST:
+            return f"serves head dims up to {_WIDEST}, got {widest}"
+    elif op in ("varlen_layernorm", "varlen_rmsnorm", "varlen_rope") and arr.values.shape[-1] > _WIDEST_TOKEN:
+        return f"serves up to {_WIDEST_TOKEN} features, got {arr.values.shape[-1]}"
     return why_not_here()
 
 

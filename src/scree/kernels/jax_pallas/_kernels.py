@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array as Dense
 from jax import lax
@@ -30,7 +31,10 @@ Sides = tuple[int | None, int | None]
 
 
 class Options(NamedTuple):
-    """What is fixed for a program: options of the op, the group of query heads to a key head, rows and step of tiles."""
+    """What is fixed for a program: options of the op, the group of query heads to a key head, rows and step of tiles.
+
+    And whether it is interpreted, by what knows no instruction of a GPU.
+    """
 
     scale: float
     left: int | None
@@ -39,6 +43,7 @@ class Options(NamedTuple):
     group: int
     rows: int
     step: int
+    interpret: bool = False
 
 
 class _Place(NamedTuple):
@@ -155,11 +160,30 @@ def _seen(sides: Sides, place: _Place, tile: int, start: Dense, step: int) -> De
     return seen
 
 
+def _exp2(options: Options, x: Dense) -> Dense:
+    """2^x, 0 below 2^-126: the instruction alone, where XLA's own has three more for what lies below."""
+    if options.interpret:
+        return jnp.exp2(x)
+    (y,) = plgpu.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+    )
+    return y
+
+
+def _factor(options: Options) -> float:
+    """What `_scores` has to be multiplied by to be s log2(e): a product that the difference to the largest has for free."""
+    return options.scale * LOG2E if options.softcap is None and options.scale > 0 else 1.0
+
+
 def _scores(options: Options, a: Dense, b: Dense) -> tuple[Dense, Dense | None]:
-    """s log2(e), and with a softcap t."""
+    """s log2(e) over `_factor`, and with a softcap t."""
     s = _dot(a, b, (1, 1))
     if options.softcap is None:
-        return s * (options.scale * LOG2E), None
+        return (s if options.scale > 0 else s * (options.scale * LOG2E)), None
     t = jnp.tanh(s * (options.scale / options.softcap))
     return t * (options.softcap * LOG2E), t
 
@@ -172,7 +196,7 @@ def forward(options: Options, tiles: Ref, q: Ref, k: Ref, v: Ref, *more: Ref) ->
     kv_head = lax.div(head, options.group)
     inside = place.first + jnp.arange(rows) < place.length
     mine = _load(q, place.begin, rows, inside, head)
-    sides = options.left, options.right
+    sides, factor = (options.left, options.right), _factor(options)
 
     def of_step(masked: bool, j: Dense, state: tuple[Dense, Dense, Dense]) -> tuple[Dense, Dense, Dense]:
         o, top, l = state
@@ -181,9 +205,9 @@ def forward(options: Options, tiles: Ref, q: Ref, k: Ref, v: Ref, *more: Ref) ->
         s, _ = _scores(options, mine, _load(k, place.other + start, step, there, kv_head))
         if masked:
             s = jnp.where(_seen(sides, place, rows, start, step), s, -_INF)
-        higher = jnp.maximum(top, s.max(1))
+        higher = jnp.maximum(top, s.max(1) * factor)
         finite = jnp.where(higher == -_INF, 0.0, higher)
-        p, shrink = jnp.exp2(s - finite[:, None]), jnp.exp2(top - finite)
+        p, shrink = _exp2(options, s * factor - finite[:, None]), _exp2(options, top - finite)
         value = _load(v, place.other + start, step, there, kv_head)
         o = o * shrink[:, None] + _dot(p.astype(value.dtype), value, (1, 0))
         return o, higher, l * shrink + p.sum(1)
@@ -233,14 +257,14 @@ def backward_q(
     add = add - (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(1)
     plgpu.store(pull_ref.at[head, pl.ds(place.begin, rows)], add, mask=inside)
     top, add = top[:, None], add[:, None]
-    sides = options.left, options.right
+    sides, factor = (options.left, options.right), _factor(options)
 
     def of_step(masked: bool, j: Dense, dq: Dense) -> Dense:
         start = j * step
         there = start + jnp.arange(step) < place.other_length if masked else None
         key, value = (_load(x, place.other + start, step, there, kv_head) for x in (k, v))
         s, t = _scores(options, mine, key)
-        p = jnp.exp2(s - top)
+        p = _exp2(options, s * factor - top)
         if masked:
             p = jnp.where(_seen(sides, place, rows, start, step), p, 0.0)
         ds = p * (_dot(grad, value, (1, 1)) + add)
@@ -261,7 +285,7 @@ def backward_kv(
     place, kv_head = _place(tiles, k.shape[1])
     inside = place.first + jnp.arange(rows) < place.length
     key, value = (_load(x, place.begin, rows, inside, kv_head) for x in (k, v))
-    sides = options.right, options.left  # seen from the keys
+    sides, factor = (options.right, options.left), _factor(options)  # seen from the keys
 
     def of_head(number: Dense, state: tuple[Dense, Dense]) -> tuple[Dense, Dense]:
         head = kv_head * options.group + number
@@ -273,7 +297,7 @@ def backward_kv(
             mine, grad = (_load(x, place.other + start, step, there if masked else None, head) for x in (q, g))
             top, add = (_load_numbers(x, place.other + start, step, there, head)[None, :] for x in (lse, pull))
             s, t = _scores(options, key, mine)  # (keys, queries)
-            p = jnp.exp2(s - top)
+            p = _exp2(options, s * factor - top)
             if masked:
                 p = jnp.where(_seen(sides, place, rows, start, step), p, 0.0)
             dv = dv + _dot(p.astype(grad.dtype), grad, (1, 0))
