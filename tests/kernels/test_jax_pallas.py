@@ -50,6 +50,11 @@ def arr_of(jx, lengths, features, seed=0, dtype="float32"):
     return scree.Array(values, jx.array(oracle.offsets_of(lengths), "int32"))
 
 
+def compiled(run, *given):
+    """Call a jitted function; nearly all the time went to optimising what the interpreter makes of a kernel."""
+    return run.lower(*given).compile(compiler_options={"xla_backend_optimization_level": 0})(*given)
+
+
 def results(jx, given, implementation, sinks=None, **options):
     """Attention's output and LSE, and the gradients of both through weights that a seed gives."""
     jax, jnp = jx.module, jx.module.numpy
@@ -65,7 +70,7 @@ def results(jx, given, implementation, sinks=None, **options):
 
     arrays = [a.values for a in given]
     run = jax.jit(jax.value_and_grad(loss, argnums=0 if sinks is None else (0, 1), has_aux=True))
-    (_, out), grads = run(arrays, None if sinks is None else jx.array(sinks))
+    (_, out), grads = compiled(run, arrays, None if sinks is None else jx.array(sinks))
     return [jx.to_np(x) for x in (*out, *jax.tree_util.tree_leaves(grads))]
 
 
@@ -265,9 +270,8 @@ def both(jx, call, values, name, *more):
         finite = jnp.where(jnp.isfinite(out), out, 0).astype("float32")
         return (finite * normal(out.shape, 7)).sum(), out
 
-    # Nearly all the time goes to compiling what the interpreter makes of a kernel.
-    lowered = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)).lower(values, more)
-    (_, out), grads = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})(values, more)
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (_, out), grads = compiled(run, values, more)
     return [jx.to_np(x) for x in jax.tree_util.tree_leaves((out, grads))]
 
 
