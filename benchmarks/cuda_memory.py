@@ -58,7 +58,11 @@ def calls(contenders: dict[str, Any], x: torch.Tensor) -> dict[str, Callable[[],
 
 def ours(op: str) -> list[str]:
     """The implementations of the table that serve CUDA."""
-    return [impl.name for impl in TABLE[op] if impl.devices is not None and "cuda" in impl.devices]
+    return [
+        impl.name
+        for impl in TABLE[op]
+        if "torch" in (impl.backends or ()) and "cuda" in (impl.devices or ()) and not impl.on_request
+    ]
 
 
 def forward_and_backward(

@@ -99,3 +99,14 @@ def test_a_row_alone_has_the_same_bits(name, room):
     for row in (0, 2, 3):
         place = slice(cuts[row], cuts[row + 1]) if len(out) == sum(LENGTHS) else slice(row, row + 1)
         assert_same_bits(np.asarray(call(arr[row : row + 1], room)), out[place])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_types_of_64_bits_change_nothing(name):
+    features, call = CALLS[name]
+    a = arr_of(features)
+    want = both(call, a, "jax_pallas")
+    with jax.enable_x64(True):
+        got = both(call, scree.Array(a.values, a.offsets.astype("int64")), "jax_pallas")
+    for x, y in zip(got, want, strict=True):
+        assert_same_bits(x, y)

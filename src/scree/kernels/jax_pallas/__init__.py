@@ -16,7 +16,7 @@ from .._options import AttentionOptions
 
 __all__ = ["attend", "varlen_layernorm", "varlen_reduce", "varlen_rmsnorm", "varlen_rope", "varlen_softmax"]
 
-_WIDEST, _WIDEST_TOKEN = 256, 8192
+_WIDEST, _WIDEST_TOKEN, _MOST_TOKENS = 256, 8192, 2**31
 
 
 def attend(
@@ -65,6 +65,11 @@ def varlen_reduce(*args: Any, **options: Any) -> Dense:
 
 def why_not(op: str, arr: Array, *args: Any, **options: Any) -> str | None:
     """Say what speaks against computing this call here, from metadata alone."""
+    arrays = [arr, *(x for x in (*args, *options.values()) if isinstance(x, Array))]
+    if max(a.total_length for a in arrays) >= _MOST_TOKENS:
+        return f"serves fewer than 2**31 tokens, got {max(a.total_length for a in arrays)}"
+    if any(str(getattr(x, "dtype", "")) == "float64" for x in (*args, *options.values())):
+        return f"serves {arr.values.dtype} beside no float64"
     if op == "varlen_attention":
         widest = max(arr.values.shape[2], args[1].values.shape[2])
         if widest > _WIDEST:

@@ -116,7 +116,7 @@ def _compute(
 ) -> tuple[Dense, Dense | None]:
     if q_offsets.shape[0] == 1 or 0 in (*q.shape, *k.shape, *v.shape):  # nothing that a kernel could be given
         return portable._compute(q, k, v, q_offsets, k_offsets, sinks, fixed.options)
-    q_offsets, k_offsets = safe(q_offsets, q.shape[0]), safe(k_offsets, k.shape[0])
+    q_offsets, k_offsets = (safe(offsets, len(x)).astype(jnp.int32) for offsets, x in ((q_offsets, q), (k_offsets, k)))
     o, lse = _attend(fixed, q, k, v, sinks, q_offsets, k_offsets)
     if not return_lse:
         return o, None

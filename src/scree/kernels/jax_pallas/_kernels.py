@@ -24,6 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from ._launch import launch as run
+
 LOG2E, _LN2 = math.log2(math.e), math.log(2.0)
 _INF = float("inf")
 Ref = Any
@@ -335,11 +337,6 @@ def call(kernel: Callable[..., None], options: Options, launch: Launch, out: Any
     def bound(*refs: Ref) -> None:
         kernel(options, *refs)
 
-    return pl.pallas_call(
-        bound,
-        out_shape=out,
-        grid=(tiles.shape[0] * launch.heads,),
-        compiler_params=plgpu.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
-        interpret=launch.interpret,
-        name=f"scree_attention_{kernel.__name__}",
-    )(tiles, *given)
+    programs, how = tiles.shape[0] * launch.heads, {"warps": launch.warps, "stages": launch.stages}
+    name = f"attention_{kernel.__name__}"
+    return run(bound, name, out, programs, tiles, *given, **how, interpret=launch.interpret)

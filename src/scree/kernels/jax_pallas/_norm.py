@@ -37,7 +37,8 @@ def _normed(arr: Array, weight: Dense | None, bias: Dense | None, eps: float, ce
     facts = {"rows": math.prod(shape[:-1]), "features": shape[-1], "trail": math.prod(shape[dim + 1 : -1])}
     here = {"weight": weight is not None, "bias": bias is not None, "spare": spare}
     options = Options(eps, centred, **facts, tokens=shape[dim], **here)
-    return _flat(arr.values, weight, bias, arr.offsets if spare else None, options=options)
+    offsets = arr.offsets.astype(jnp.int32) if spare else None
+    return _flat(arr.values, weight, bias, offsets, options=options)
 
 
 @partial(jax.jit, static_argnames="options")

@@ -20,6 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from ._launch import launch
+
 _TILE = 4096  # elements of a tile
 _MOST_ROWS = 32  # of one
 _PROGRAMS = 528  # that share the rows of a backward with sums
@@ -199,11 +201,6 @@ def call(kernel: Callable[..., None], options: Options, out: Any, programs: int,
     def bound(*refs: Ref) -> None:
         kernel(options, *refs)
 
-    return pl.pallas_call(
-        bound,
-        out_shape=out,
-        grid=(programs,),
-        compiler_params=plgpu.CompilerParams(num_warps=options.warps, num_stages=1),
-        interpret=interpret,
-        name=f"scree_norm_{kernel.__name__}",
-    )(*(x for x in given if x is not None))
+    given = tuple(x for x in given if x is not None)
+    how = {"warps": options.warps, "stages": 1}
+    return launch(bound, f"norm_{kernel.__name__}", out, programs, *given, **how, interpret=interpret)

@@ -18,6 +18,7 @@ from . import _rope_kernels as kernels
 from . import _where
 from ._rope_kernels import Options
 
+_FURTHEST = 1 << 30  # places, beyond all tables
 _custom_vjp: Any = jax.custom_vjp  # whose types lose those of what it decorates
 
 
@@ -27,6 +28,7 @@ def varlen_rope(arr: Array, cos: Dense, sin: Dense, *, interleaved: bool = False
         return portable.varlen_rope(arr, cos, sin, interleaved=interleaved, start=start)
     begin = 0 if start is None else start
     each, one = (None, begin) if isinstance(begin, int) else (begin, 0)
+    one = min(max(one, -_FURTHEST), _FURTHEST)
     options = Options(interleaved, one, each is not None, arr._structure.spare)
     return arr.with_values(_turned(arr.values, cos, sin, arr.offsets, each, options=options))
 
@@ -34,8 +36,9 @@ def varlen_rope(arr: Array, cos: Dense, sin: Dense, *, interleaved: bool = False
 @partial(jax.jit, static_argnames="options")
 def _turned(x: Dense, cos: Dense, sin: Dense, offsets: Dense, each: Dense | None, *, options: Options) -> Dense:
     flat = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
-    offsets = offsets.astype(jnp.int32 if len(x) < 2**31 else jnp.int64)
-    return _rotate(options, flat, cos, sin, (offsets, each)).reshape(x.shape)
+    if each is not None:
+        each = jnp.clip(each, -_FURTHEST, _FURTHEST).astype(jnp.int32)
+    return _rotate(options, flat, cos, sin, (offsets.astype(jnp.int32), each)).reshape(x.shape)
 
 
 @partial(_custom_vjp, nondiff_argnums=(0,))

@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from ._launch import launch
 from ._segment_kernels import parts_of, segment
 
 _TILE, _TOKENS = 4096, 16  # elements of half a tile, and its tokens at most
@@ -99,12 +100,8 @@ def call(options: Options, x: Dense, offsets: Dense, *given: Any, interpret: boo
         turn(options, *refs)
 
     x = x.reshape(total, heads, *((dim // 2, 2) if options.interleaved else (2, dim // 2)))
-    y = pl.pallas_call(
-        bound,
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        grid=(parts_of(total, len(offsets) - 1, tokens) * -(-heads // some),),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="scree_rope",
-    )(x, cos, sin, offsets, *each)
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    programs = parts_of(total, len(offsets) - 1, tokens) * -(-heads // some)
+    given = x, cos, sin, offsets, *each
+    y = launch(bound, "rope", out, programs, *given, warps=4, stages=1, interpret=interpret)
     return y.reshape(total, heads, dim)

@@ -29,6 +29,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from ._launch import launch
+
 PART = 128  # tokens
 _SEARCHED = 256  # places that a step of the search looks at
 _TILE, _COLUMNS, _TOKENS = 4096, 128, 128  # elements of a tile, of which so many columns and tokens at most
@@ -324,18 +326,12 @@ def _made(op: str, tokens: list[Dense], numbers: list[Dense], cut: Cut) -> Dense
 
 
 def call(
-    kernel: Callable[..., None], op: str, out: Any, programs: int, cut: Cut, total: int, *given: Any, **how: Any
+    kernel: Callable[..., None], op: str, out: Any, programs: int, cut: Cut, total: int, *given: Any, interpret: bool
 ) -> Any:
     """Launch a kernel: so many programs for each group of columns."""
 
     def bound(*refs: Ref) -> None:
         kernel(op, total, cut, *refs)
 
-    return pl.pallas_call(
-        bound,
-        out_shape=out,
-        grid=(programs * cut.across,),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        name=f"scree_{kernel.__name__}_{op.replace(' ', '_')}",
-        **how,
-    )(*given)
+    name = f"{kernel.__name__}_{op.replace(' ', '_')}"
+    return launch(bound, name, out, programs * cut.across, *given, warps=4, stages=2, interpret=interpret)

@@ -34,18 +34,14 @@ def varlen_reduce(arr: Array, op: str) -> Dense:
 def _softmax(values: Dense, offsets: Dense) -> Dense:
     if offsets.shape[0] == 1 or values.size == 0:
         return portable._softmax(values, offsets)
-    return _normalised(values, _integers(offsets, len(values)))
+    return _normalised(values, offsets.astype(jnp.int32))
 
 
 @partial(jax.jit, static_argnames="op")
 def _reduce(values: Dense, offsets: Dense, *, op: str) -> Dense:
     if offsets.shape[0] == 1 or values.size == 0:
         return portable._reduce(values, offsets, op=op)
-    return _reduced(op, len(values), values, _integers(offsets, len(values))).astype(values.dtype)
-
-
-def _integers(offsets: Dense, total: int) -> Dense:
-    return offsets.astype(jnp.int32 if total < 2**31 else jnp.int64)
+    return _reduced(op, len(values), values, offsets.astype(jnp.int32)).astype(values.dtype)
 
 
 def _like(x: Dense) -> jax.ShapeDtypeStruct:
