@@ -158,7 +158,7 @@ def test_few_scores_start_no_threads(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "value", "want"),
-    [("OMP_NUM_THREADS", "1", 1), ("OPENBLAS_NUM_THREADS", "3", 3), ("OMP_NUM_THREADS", "0", 6), ("X", "1", 6)],
+    [("OMP_NUM_THREADS", "1", 1), ("OPENBLAS_NUM_THREADS", "3", 2), ("OMP_NUM_THREADS", "0", 2), ("X", "1", 2)],
 )
 def test_as_many_threads_as_blas_is_told_to_use(monkeypatch, name, value, want):
     for known in _threads._LIMITS:
