@@ -26,6 +26,7 @@ from ._work import Heads, Tokens, gpu_heads, heads, tokens
 _Call = Callable[..., Any]
 _REDUCTIONS = ("sum", "mean", "max", "min", "logsumexp")
 _MOST_SCORES = 1 << 27  # of the mask of segments, whose memory is that of all scores
+_COPIES = 20  # in a row
 
 
 def _ours(q: Any, k: Any, v: Any, offsets: Any) -> Any:
@@ -215,8 +216,12 @@ def device_rates(clock: Callable[[], float] = time.perf_counter) -> Rates | None
 
     @functools.cache
     def copy(size: int) -> float:
-        source, move = jnp.ones(size, jnp.uint8), jax.jit(lambda x: x + 1)
-        return interleaved({"copy": lambda: jax.block_until_ready(move(source))}, 0.2, clock=clock)["copy"]["ms"]
+        source, move = jnp.ones(-(-size // 4), jnp.uint32), jax.jit(lambda x: x + 1)
+
+        def several() -> None:  # what a call takes of the host is not the device's rate
+            jax.block_until_ready([move(source) for _ in range(_COPIES)])
+
+        return interleaved({"copies": several}, 0.2, clock=clock)["copies"]["ms"] / _COPIES
 
     return Rates(2 * 8192**3 / ms, copy)
 
