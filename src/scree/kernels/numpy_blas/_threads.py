@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextvars
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 _Task = TypeVar("_Task")
 
@@ -42,9 +43,14 @@ def share(tasks: list[_Task], work: Callable[[Iterator[_Task]], None], threads: 
     if threads <= 1:
         work(taken())
         return
+    told: dict[str, Any] = {**np.geterr(), "call": np.geterrcall()}
+
+    def alike() -> None:
+        with np.errstate(**told):  # what holds here, which NumPy keeps with a thread, or with a context
+            work(taken())
+
     with ThreadPoolExecutor(threads - 1, "scree") as pool:
-        # What np.errstate says here holds there too.
-        others = [pool.submit(contextvars.copy_context().run, work, taken()) for _ in range(threads - 1)]
+        others = [pool.submit(alike) for _ in range(threads - 1)]
         try:
             work(taken())
         finally:
