@@ -104,6 +104,8 @@ def test_attention_needs_memory_of_the_order_of_the_tokens():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("options", [{"causal": True}, {"window_size": (70, 3)}], ids=str)
 def test_a_value_that_is_hidden_does_not_count_whatever_it_is(options, bad, implementation):
+    if implementation == "numba":
+        pytest.importorskip("numba")
     q, k, v = (arr_of((5, 150, 5), (4 if seed == 0 else 2, 8), seed) for seed in range(3))
     broken, place = v.values.copy(), 5 + 90
     broken[[1, place], 0, 3] = bad
