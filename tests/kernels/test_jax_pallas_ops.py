@@ -254,6 +254,7 @@ def test_a_table_in_double_precision_is_refused(jx, anywhere):
 
     a, table = arr_of(jx, (2,), (1, 4)), np.zeros((2, 2))
     assert jax_pallas.why_not("varlen_rope", a, table, table) == "serves float32 beside no float64"
+    assert jax_pallas.why_not("varlen_rmsnorm", a, None, np.float64(1e-5)) is None  # a number is not an array
 
 
 @pytest.mark.parametrize("op", ["rmsnorm", "layernorm"])

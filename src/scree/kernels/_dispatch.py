@@ -85,6 +85,16 @@ _FLOATING = (*_HALVES_AND_SINGLE, "float64")
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8")
 
 # op -> implementations, the best one first
+_NORMS = (
+    _triton(*_FLOATING),
+    _TORCH_NATIVE,
+    _NUMBA,
+    _NUMPY_BLAS,
+    _JAX_PALLAS,
+    _JAX_XLA,
+    _MLX_FAST_NORM,
+    _REFERENCE,
+)
 TABLE: dict[str, tuple[Impl, ...]] = {
     "varlen_attention": (
         _triton(*_HALVES_AND_SINGLE),
@@ -98,16 +108,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         _MLX_FAST,
         _REFERENCE,
     ),
-    "varlen_layernorm": (
-        _triton(*_FLOATING),
-        _TORCH_NATIVE,
-        _NUMBA,
-        _NUMPY_BLAS,
-        _JAX_PALLAS,
-        _JAX_XLA,
-        _MLX_FAST_NORM,
-        _REFERENCE,
-    ),
+    "varlen_layernorm": _NORMS,
     "varlen_reduce": (
         _triton(*_FLOATING, *_INTEGERS, "bool"),
         _TORCH_NATIVE,
@@ -118,16 +119,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         _MLX_FAST,
         _REFERENCE,
     ),
-    "varlen_rmsnorm": (
-        _triton(*_FLOATING),
-        _TORCH_NATIVE,
-        _NUMBA,
-        _NUMPY_BLAS,
-        _JAX_PALLAS,
-        _JAX_XLA,
-        _MLX_FAST_NORM,
-        _REFERENCE,
-    ),
+    "varlen_rmsnorm": _NORMS,
     "varlen_rope": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMBA, _NUMPY_BLAS, _JAX_PALLAS, _JAX_XLA, _REFERENCE),
     "varlen_softmax": (_triton(*_FLOATING), _TORCH_NATIVE, _NUMPY_BLAS, _JAX_PALLAS, _JAX_XLA, _MLX_FAST, _REFERENCE),
 }

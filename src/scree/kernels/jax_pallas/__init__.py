@@ -65,10 +65,11 @@ def varlen_reduce(*args: Any, **options: Any) -> Dense:
 
 def why_not(op: str, arr: Array, *args: Any, **options: Any) -> str | None:
     """Say what speaks against computing this call here, from metadata alone."""
-    arrays = [arr, *(x for x in (*args, *options.values()) if isinstance(x, Array))]
-    if max(a.total_length for a in arrays) >= _MOST_TOKENS:
-        return f"serves fewer than 2**31 tokens, got {max(a.total_length for a in arrays)}"
-    if any(str(getattr(x, "dtype", "")) == "float64" for x in (*args, *options.values())):
+    others = (*args, *options.values())
+    most = max(a.total_length for a in (arr, *others) if isinstance(a, Array))
+    if most >= _MOST_TOKENS:
+        return f"serves fewer than 2**31 tokens, got {most}"
+    if any(getattr(x, "ndim", 0) and str(x.dtype) == "float64" for x in others):
         return f"serves {arr.values.dtype} beside no float64"
     if op == "varlen_attention":
         widest = max(arr.values.shape[2], args[1].values.shape[2])

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array as Dense
-from jax import lax
 
 from ..._array import Array
 from .._options import AttentionOptions
 from ..jax_xla import _attention as portable
 from ..jax_xla._tiles import safe, tiles_of
-from . import _kernels
+from . import _kernels, _where
 from ._kernels import Launch, Options, Sides
+from ._launch import like
 
 INTERPRET = False  # the tests' switch: Pallas's interpreter, which needs no GPU
 _INF = float("inf")
@@ -159,23 +159,14 @@ def _launch(
     return _kernels.call(getattr(_kernels, kernel), options, launch, out, tiles, *given)
 
 
-def _like(x: Dense) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _where_compiled(fixed: _Fixed, kernels: Any, tiles: Any, *given: Any) -> Any:
-    """Compute with kernels on NVIDIA GPUs, and elsewhere with tiles."""
-    if fixed.interpret:
-        return kernels(fixed, *given)
-    return lax.platform_dependent(*given, cuda=partial(kernels, fixed), default=partial(tiles, fixed))
-
-
 @partial(_custom_vjp, nondiff_argnums=(0,))
 def _attend(
     fixed: _Fixed, q: Dense, k: Dense, v: Dense, sinks: Dense | None, q_offsets: Dense, k_offsets: Dense
 ) -> tuple[Dense, Dense]:
     """o (T, H, D_v) and lse (H, T)."""
-    return _where_compiled(fixed, _kernel_forward, _tiles_forward, q, k, v, sinks, q_offsets, k_offsets)
+    return _where.by_device(
+        fixed.interpret, _kernel_forward, _tiles_forward, fixed, q, k, v, sinks, q_offsets, k_offsets
+    )
 
 
 def _forward(fixed: _Fixed, *given: Any) -> tuple[tuple[Dense, Dense], tuple[Any, ...]]:
@@ -184,7 +175,7 @@ def _forward(fixed: _Fixed, *given: Any) -> tuple[tuple[Dense, Dense], tuple[Any
 
 
 def _backward(fixed: _Fixed, kept: tuple[Any, ...], grads: tuple[Dense, Dense]) -> tuple[Any, ...]:
-    return (*_where_compiled(fixed, _kernel_backward, _tiles_backward, *kept, *grads), None, None)
+    return (*_where.by_device(fixed.interpret, _kernel_backward, _tiles_backward, fixed, *kept, *grads), None, None)
 
 
 _attend.defvjp(_forward, _backward)
@@ -220,9 +211,9 @@ def _kernel_backward(
     heads, kv_heads = q.shape[1], k.shape[1]
     group = heads // kv_heads
     top = jnp.where(lse == -_INF, _INF, lse * _kernels.LOG2E)
-    of, out = (q_offsets, q.shape[0], k_offsets), (_like(q), _like(lse))
+    of, out = (q_offsets, q.shape[0], k_offsets), (like(q), like(lse))
     dq, pull = _launch("backward_q", fixed, q, v, heads, group, of, out, q, k, v, g, o, top, g_lse)
-    of, out = (k_offsets, k.shape[0], q_offsets), (_like(k), _like(v))
+    of, out = (k_offsets, k.shape[0], q_offsets), (like(k), like(v))
     dk, dv = _launch("backward_kv", fixed, q, v, kv_heads, group, of, out, q, k, v, g, top, pull)
     if sinks is None:
         return dq, dk, dv, None

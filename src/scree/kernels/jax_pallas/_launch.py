@@ -13,6 +13,11 @@ from jax.experimental.pallas import triton as plgpu
 _home: Any = jax if hasattr(jax, "enable_x64") else import_module("jax.experimental")  # before JAX 0.8
 
 
+def like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
 def launch(
     kernel: Callable[..., None],
     name: str,

@@ -14,6 +14,7 @@ from ..._array import Array
 from ..jax_xla import _norm as portable
 from . import _norm_kernels as kernels
 from . import _where
+from ._launch import like
 from ._norm_kernels import Options
 
 _custom_vjp: Any = jax.custom_vjp  # whose types lose those of what it decorates
@@ -78,7 +79,7 @@ def _launch(kernel: Any, options: Options, out: Any, programs: int, *given: Any)
 
 def _forward_kernels(options: Options, arrays: tuple[Any, ...], offsets: Dense | None) -> Dense:
     x = arrays[0]
-    return _launch(kernels.forward, options, _like(x), options.blocks, *arrays, offsets)
+    return _launch(kernels.forward, options, like(x), options.blocks, *arrays, offsets)
 
 
 def _backward_kernels(
@@ -87,16 +88,12 @@ def _backward_kernels(
     x, weight, bias, grad = arrays
     part = jax.ShapeDtypeStruct((options.programs, options.features), jnp.float32)
     vectors = [p for p in (weight, bias) if p is not None] if options.sums else []
-    out = (_like(x), *(part for _ in vectors))
+    out = (like(x), *(part for _ in vectors))
     dx, *parts = _launch(kernels.backward, options, out, options.programs, x, grad, weight, offsets)
     columns = kernels.columns_of(options)
-    sums = iter([_launch(kernels.added, options, _like(p), columns, x) for p, x in zip(vectors, parts, strict=True)])
+    sums = iter([_launch(kernels.added, options, like(p), columns, x) for p, x in zip(vectors, parts, strict=True)])
     dweight, dbias = (None if p is None else next(sums, None) for p in (weight, bias))
     return dx, dweight, dbias
-
-
-def _like(x: Dense) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _used(options: Options, offsets: Dense | None) -> Dense | None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array as Dense
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ._launch import launch
+from ._launch import launch, like
 from ._segment_kernels import parts_of, segment
 
 _TILE, _TOKENS = 4096, 16  # elements of half a tile, and its tokens at most
@@ -100,8 +99,7 @@ def call(options: Options, x: Dense, offsets: Dense, *given: Any, interpret: boo
         turn(options, *refs)
 
     x = x.reshape(total, heads, *((dim // 2, 2) if options.interleaved else (2, dim // 2)))
-    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
     programs = parts_of(total, len(offsets) - 1, tokens) * -(-heads // some)
     given = x, cos, sin, offsets, *each
-    y = launch(bound, "rope", out, programs, *given, warps=4, stages=1, interpret=interpret)
+    y = launch(bound, "rope", like(x), programs, *given, warps=4, stages=1, interpret=interpret)
     return y.reshape(total, heads, dim)

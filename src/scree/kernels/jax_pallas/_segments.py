@@ -15,6 +15,7 @@ from ..jax_xla import _segments as portable
 from ..jax_xla._tiles import safe
 from . import _segment_kernels as kernels
 from . import _where
+from ._launch import like
 
 _custom_vjp: Any = jax.custom_vjp  # whose types lose those of what it decorates
 
@@ -44,10 +45,6 @@ def _reduce(values: Dense, offsets: Dense, *, op: str) -> Dense:
     return _reduced(op, len(values), values, offsets.astype(jnp.int32)).astype(values.dtype)
 
 
-def _like(x: Dense) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
 def _fold(op: str, offsets: Dense, *given: Dense) -> Dense:
     (total, features), cut = given[0].shape, kernels.cut_of(given[0].shape[1])
     parts = kernels.parts_of(total, len(offsets) - 1, kernels.PART)
@@ -74,7 +71,7 @@ def _result(op: str, offsets: Dense, x: Dense) -> Dense:
 
 
 def _softmax_kernels(options: None, arrays: tuple[Dense, ...], offsets: Dense) -> Dense:
-    return _spread("softmax", _like(arrays[0]), offsets, arrays[0])
+    return _spread("softmax", like(arrays[0]), offsets, arrays[0])
 
 
 def _softmax_portable(options: None, arrays: tuple[Dense, ...], offsets: Dense) -> Dense:
@@ -82,7 +79,7 @@ def _softmax_portable(options: None, arrays: tuple[Dense, ...], offsets: Dense) 
 
 
 def _softmax_back_kernels(options: None, arrays: tuple[Dense, ...], offsets: Dense) -> Dense:
-    return _spread("d softmax", _like(arrays[0]), offsets, *arrays)
+    return _spread("d softmax", like(arrays[0]), offsets, *arrays)
 
 
 def _weighted(y: Dense, g: Dense) -> Dense:

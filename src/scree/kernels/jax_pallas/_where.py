@@ -17,14 +17,21 @@ INTERPRET = False  # the tests' switch: Pallas's interpreter, which needs no GPU
 _custom_vjp: Any = jax.custom_vjp  # whose types lose those of what it decorates
 
 
+def by_device(
+    interpret: bool, kernels: Callable[..., Any], portable: Callable[..., Any], fixed: Any, *given: Any
+) -> Any:
+    """Compute ``fn(fixed, *given)``: by kernels on NVIDIA GPUs, and in the interpreter; elsewhere in the other way."""
+    if interpret:
+        return kernels(fixed, *given)
+    return lax.platform_dependent(*given, cuda=partial(kernels, fixed), default=partial(portable, fixed))
+
+
 @partial(_custom_vjp, nondiff_argnums=(0, 1, 2))
 def run(
     kernels: Callable[..., Any], portable: Callable[..., Any], options: Any, arrays: tuple[Any, ...], offsets: Any
 ) -> Any:
     """Compute ``fn(options, arrays, offsets)``, both ways of which give the same; offsets, integers, may be None."""
-    if INTERPRET:
-        return kernels(options, arrays, offsets)
-    return lax.platform_dependent(arrays, offsets, cuda=partial(kernels, options), default=partial(portable, options))
+    return by_device(INTERPRET, kernels, portable, options, arrays, offsets)
 
 
 def _forward(kernels: Any, portable: Any, options: Any, arrays: tuple[Any, ...], offsets: Any) -> tuple[Any, Any]:
