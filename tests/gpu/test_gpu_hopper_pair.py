@@ -78,6 +78,25 @@ def test_gradients(case, dtype):
         assert_bits(a, b, name)
 
 
+@pytest.mark.parametrize("heads", [1, 3, 4])
+@pytest.mark.parametrize("name", ["full", "causal", "cross", "cross causal", "window right"])
+def test_sequences_taken_whole_have_the_same_bits(monkeypatch, name, heads):
+    case = dataclasses.replace(BY_NAME[name], heads=heads, kv_heads=heads)
+    tensors, offsets, _ = given(case, torch.bfloat16)
+    options = options_of(case)
+    asked = []  # which sequences the maps are of; the forward's do not say
+    tiles = _hopper_pair._tiles.of
+    monkeypatch.setattr(_hopper_pair._tiles, "of", lambda *args: asked.extend(args[8:]) or tiles(*args))
+    whole = [gradients(tensors, offsets, options) for _ in range(5)]
+    assert set(asked) == {-128, 128}
+    monkeypatch.setattr(_hopper_pair, "_SMALL", 0)
+    want = gradients(tensors, offsets, options)
+    assert asked[-2:] == [0, 0]
+    for got in whole:
+        for what, a, b in zip(NAMES, got, want, strict=False):
+            assert_bits(a, b, what)
+
+
 @pytest.mark.parametrize("wide", [64, 72], ids=["aligned", "odd strides"])
 def test_views_of_a_joint_tensor(wide):
     joint = normal(sum(EDGES), 8, wide, dtype=torch.float16)[:, :, :64]
@@ -137,10 +156,11 @@ def test_rows_beyond_the_last_sequence():
         assert got[:300].any()
 
 
+@pytest.mark.parametrize("kv_heads", [2, 8])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_many_runs_of_many_programs(causal):
+def test_many_runs_of_many_programs(causal, kv_heads):
     lengths = (700, 1900, 130, 1024, 64, 333, 1, *range(2, 260, 7))
-    q, k = batch(lengths, (8, 64), torch.bfloat16), batch(lengths, (2, 64), torch.bfloat16, seed=1)
+    q, k = batch(lengths, (8, 64), torch.bfloat16), batch(lengths, (kv_heads, 64), torch.bfloat16, seed=1)
     do = normal(*q.values.shape, dtype=torch.bfloat16, seed=3)
     tensors, offsets = (q.values, k.values, k.values, do, None), (q.offsets, k.offsets)
     options = options_of(Attention("", options={"causal": causal}))
@@ -183,4 +203,6 @@ def test_memcheck():
         for causal in (True, False):
             options = options_of(Attention("", heads=4, kv_heads=2, options={"causal": causal}))
             gradients((arr.values, keys.values, keys.values, arr.values, None), (cu_q, cu_k), options)
+            each = keys.values.repeat_interleave(2, 1)
+            gradients((arr.values, each, each, arr.values, None), (cu_q, cu_k), options)
     torch.cuda.synchronize()

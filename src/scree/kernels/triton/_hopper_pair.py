@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _WIDTH = 64
 _ROWS = 64  # of a tile
 _MOST_STRIDE = 1 << 24  # the places of a block are counted in 32 bits
+_SMALL = 128  # rows, at most, of the sequences that a program takes whole where the mean is short
 REGISTERS = {"dq": 128, "dkv": 168}
 """Of a thread: so that four programs, and three, run at once on a multiprocessor."""
 
@@ -70,38 +71,38 @@ def plan(
     """
     total, heads, _ = q.shape
     total_k, kv_heads, _ = k.shape
-    q_map = _tiles.of(kept_q, cu_q, cu_k, total, total_k, _ROWS, options.left, options.right)
-    k_map = _tiles.of(kept_k, cu_k, cu_q, total_k, total, _ROWS, options.right, options.left)
+    small = _SMALL if short and heads == kv_heads else 0
+    q_map = _tiles.of(kept_q, cu_q, cu_k, total, total_k, _ROWS, options.left, options.right, -small)
+    k_map = _tiles.of(kept_k, cu_k, cu_q, total_k, total, _ROWS, options.right, options.left, small)
     q_tiles, slots = q_map
     k_tiles, k_slots = k_map
     # Where rows are short, a program of the second takes two heads: more than its start keeps it busy.
     turns = 2 if short and options.right < 0 and kv_heads % 2 == 0 else 1
-    first, second = _launchers(q, kv_heads, turns, options.right >= 0, dlse is not None, long)
+    first, second = _launchers(q, kv_heads, turns, options.right >= 0, dlse is not None, long, small > 0)
     first_grid, second_grid = (slots * heads, 1, 1), (k_slots * (kv_heads // turns), 1, 1)
     inputs, of_do = q.stride()[:2] + k.stride()[:2] + v.stride()[:2], do.stride()[:2]
     strides = (*inputs, *o.stride()[:2], *of_do, heads * _WIDTH, _WIDTH)
     of_first = (*strides, total, slots, options.scale, options.right)
-    strides = (*inputs, *of_do, *(kv_heads * _WIDTH, _WIDTH) * 2)
-    of_second = (*strides, k_slots, slots, options.scale, options.right)
+    of_second = (*strides, *(kv_heads * _WIDTH, _WIDTH) * 2, k_slots, slots, total, options.scale, options.right)
 
     def launch(given: Given, grads: Grads) -> torch.Tensor:
         (do, dlse, q, k, v, o, lse), (dq, dk, dv) = given, grads
         delta = torch.empty_like(lse)
         rows = lse.new_empty((heads, slots, 2, _ROWS))
-        tensors = (q, k, v, o, do, lse, lse if dlse is None else dlse, q_tiles, dq, delta, rows)
-        first(first_grid, tensors, of_first)
-        second(second_grid, (q, k, v, do, rows, k_tiles, dk, dv), of_second)
+        inputs = (q, k, v, o, do, lse, lse if dlse is None else dlse)
+        first(first_grid, (*inputs, q_tiles, dq, delta, rows), of_first)
+        second(second_grid, (*inputs, rows, k_tiles, dq, dk, dv, delta), of_second)
         return delta
 
     return launch
 
 
 def _launchers(
-    q: torch.Tensor, kv_heads: int, turns: int, has_right: bool, has_dlse: bool, long: bool
+    q: torch.Tensor, kv_heads: int, turns: int, has_right: bool, has_dlse: bool, long: bool, wholes: bool
 ) -> tuple[Launcher, Launcher]:
     """What computes dQ, and what computes dK and dV of `turns` heads a program; made at the first call."""
     device, heads = device_number(q), q.shape[1]
-    facts = (device, q.dtype, heads, kv_heads, turns, has_right, has_dlse, long)
+    facts = (device, q.dtype, heads, kv_heads, turns, has_right, has_dlse, long, wholes)
     found = _LAUNCHERS.get(facts)
     if found is None:
         from . import _hopper_pair_kernels as kernels  # in a language that older Tritons do not have
@@ -109,6 +110,7 @@ def _launchers(
         group = heads // kv_heads
         of_dq = {"GROUP": group, "INNER": group if long else heads, "HAS_RIGHT": has_right, "DLSE": has_dlse}
         of_dkv = {"GROUP": group, "INNER": 1 if long else kv_heads // turns, "HEADS": turns, "HAS_RIGHT": has_right}
+        of_dkv |= {"DLSE": has_dlse, "WHOLES": wholes}
         flags: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
         found = _LAUNCHERS[facts] = (
             Launcher(kernels._hopper_pair_dq_kernel, device, of_dq, maxnreg=REGISTERS["dq"], **flags),

@@ -1,75 +1,36 @@
 """Attention backward for Hopper (sm_90) at head dim 64, in Gluon: dQ by tiles of queries, dK and dV by tiles of keys.
 
 The same two passes as the portable kernels (FlashAttention-2, algorithm 2), so that each sum has one author. But here a
-product runs while others are computed with: that of dO and V under the exponentials, that of the probabilities and dO
-under the gradients of the scores. A program is one warpgroup, with so few registers that three or four share a
-multiprocessor, and fill the gaps of each other. Copies to shared memory go by rows, each with its own condition: what lies
-beyond a sequence is zeros there, whatever is in memory.
+program is one warpgroup, with so few registers that three or four share a multiprocessor, and fill the gaps of each other,
+and products run beside other work. Where sequences are short, programs of the second kernel take some of them whole.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._attention_fwd_kernels import _span, _tile, _work
-from ._tiles_kernels import ABSENT
+from ._hopper_pair_steps_kernels import (
+    _ROWWISE,
+    LOG2E,
+    ROWS,
+    D,
+    _add_dkv,
+    _add_dq,
+    _anew,
+    _arrived,
+    _barrier,
+    _copy,
+    _load,
+    _places,
+    _present,
+    _store,
+)
+from ._hopper_pair_whole_kernels import _whole
+from ._tiles_kernels import ABSENT, WHOLE
 
-LOG2E = gl.constexpr(1.4426950408889634)
-ROWS = gl.constexpr(64)  # of a tile, and of a step
-D = gl.constexpr(64)
-
-# Later Tritons renamed these.
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-
-_ROWWISE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread
 _LINE = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
-
-
-@gluon.jit
-def _places(stride):
-    """Where the elements of a block of rows lie, from its first one."""
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, _ROWWISE))
-    inner = gl.arange(0, D, layout=gl.SliceLayout(0, _ROWWISE))
-    return gl.expand_dims(rows * stride.to(gl.int32), 1) + gl.expand_dims(inner, 0)
-
-
-@gluon.jit
-def _present(count):
-    """Which of the rows of a block are among its first `count`."""
-    return gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, _ROWWISE)) < count, 1)
-
-
-@gluon.jit
-def _copy(to, ptr, at, count, stride):
-    """Have the rows from `at` on copied to shared memory: zeros from row `count` on."""
-    _load(to, ptr + at * stride + _places(stride), mask=_present(count - at))
-
-
-@gluon.jit
-def _store(ptr, x, count, stride):
-    """Store the first `count` rows of a block."""
-    x = gl.convert_layout(x.to(ptr.dtype.element_ty), _ROWWISE)
-    gl.store(ptr + _places(stride), x, mask=_present(count))
-
-
-@gluon.jit
-def _anew(stride):
-    """The same stride; but the compiler does not see that, and keeps nothing that follows from it in registers.
-
-    So places are worked out again at each step, in less time than registers take that are moved to memory and back.
-    """
-    stride = gl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [stride], dtype=gl.int64, is_pure=False, pack=1)
-    return gl.multiple_of(stride, 16)
-
-
-@gluon.jit
-def _arrived():
-    """Wait until what was to be copied is there, for all threads, and the tensor cores may read it."""
-    async_copy.wait_group(0)
-    fence_async_shared()
 
 
 @gluon.jit
@@ -92,19 +53,9 @@ def _dq_step(
     stage = count % 2
     _arrived()
     _fetch_keys(memory, pointers, 1 - stage, at + ROWS, gl.where(at + ROWS < end, k_length, 0))
-    zeros = gl.zeros([ROWS, ROWS], gl.float32, layout=LAYOUT)
-    s = warpgroup_mma(q_sm, k_sm.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    dp = warpgroup_mma(do_sm, v_sm.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(1, deps=(s,))
-    p = gl.exp2(s * scale - gl.expand_dims(lse, 1))
-    if MASKED:
-        cols = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT)), 0)
-        p = gl.where(cols < gl.expand_dims(high - at, 1), p, 0.0)
-    p, dp = warpgroup_mma_wait(0, deps=(p, dp))  # p too, so that it is computed before
-    ds = (p * (dp - gl.expand_dims(delta, 1))).to(k_sm.dtype)
-    ds = gl.convert_layout(ds, gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=2))
-    dq = warpgroup_mma(ds, k_sm.index(stage), dq, is_async=True)
-    return warpgroup_mma_wait(0, deps=(dq,))
+    return _add_dq(
+        dq, q_sm, do_sm, k_sm.index(stage), v_sm.index(stage), lse, delta, at, high, scale, MASKED, LAYOUT
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["total_q", "slots", "scale", "right"])
@@ -135,27 +86,30 @@ def _hopper_pair_dq_kernel(
     v_sm = gl.allocate_shared_memory(dtype, [2, ROWS, D], shared)
     base = q_start + block.to(gl.int64) * ROWS
     left_over = q_length - block * ROWS
-    _copy(do_sm, do_ptr + base * stride_do_t + head * stride_do_h, 0, left_over, stride_do_t)
-    async_copy.commit_group()
+    local = gl.arange(0, ROWS, layout=sums)
+    there = local < left_over
+    across = head * total_q + base
+    o = gl.load(
+        o_ptr + base * stride_o_t + head * stride_o_h + _places(stride_o_t), mask=_present(left_over), other=0.0
+    )
+    lse = gl.load(lse_ptr + across + local, mask=there, other=float("inf"))
+    if DLSE:
+        dlse = gl.load(dlse_ptr + across + local, mask=there, other=0.0)
     pointers = (
         k_ptr + k_start * stride_k_t + head // GROUP * stride_k_h,
         v_ptr + k_start * stride_v_t + head // GROUP * stride_v_h,
         stride_k_t, stride_v_t,
     )  # fmt: skip
-    _copy(q_sm, q_ptr + base * stride_q_t + head * stride_q_h, 0, left_over, stride_q_t)
-    _fetch_keys((k_sm, v_sm), pointers, 0, begin, gl.where(begin < end, k_length, 0))
-    o = gl.load(
-        o_ptr + base * stride_o_t + head * stride_o_h + _places(stride_o_t), mask=_present(left_over), other=0.0
-    )
-    local = gl.arange(0, ROWS, layout=sums)
-    there = local < left_over
-    across = head * total_q + base
-    lse = gl.load(lse_ptr + across + local, mask=there, other=float("inf"))
+    if left_over > 0:  # always: so that ptxas leaves the loads above where they are, and does not wait for memory twice
+        _copy(do_sm, do_ptr + base * stride_do_t + head * stride_do_h, 0, left_over, stride_do_t)
+        async_copy.commit_group()
+        _copy(q_sm, q_ptr + base * stride_q_t + head * stride_q_h, 0, left_over, stride_q_t)
+        _fetch_keys((k_sm, v_sm), pointers, 0, begin, gl.where(begin < end, k_length, 0))
     lse = gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
     async_copy.wait_group(1)
     delta = gl.sum(o.to(gl.float32) * do_sm.load(_ROWWISE).to(gl.float32), 1)
     if DLSE:
-        delta -= gl.load(dlse_ptr + across + local, mask=there, other=0.0)
+        delta -= dlse
     gl.store(delta_ptr + across + local, delta, mask=there)
     aligned = rows_ptr + (head * slots + q_start // ROWS + row + block) * (2 * ROWS)
     gl.store(aligned + local, lse)
@@ -222,10 +176,8 @@ def _dkv_step(
     dk, dv, k_sm, v_sm, memory, pointers, turn, at, begin, end, q_length, low, count, scale,
     TURNS: gl.constexpr, MASKED: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """The queries from `at`, scores transposed (keys, queries); those of the next step are fetched meanwhile."""
+    """The queries from `at`; those of the next step are fetched meanwhile."""
     q_sm, do_sm, lse_sm, delta_sm = memory
-    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=2)
-    line: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     stage = count % 2
     _arrived()
     last = at + ROWS >= end
@@ -235,36 +187,26 @@ def _dkv_step(
     _copy_queries(memory, pointers, 1 - stage, next_turn, next_at, there)
     _copy_rows(memory, pointers, 1 - stage, next_turn, next_at, there)
     async_copy.commit_group()
-    q = q_sm.index(stage)
-    do = do_sm.index(stage)
-    zeros = gl.zeros([ROWS, ROWS], gl.float32, layout=LAYOUT)
-    s = warpgroup_mma(k_sm, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    dp = warpgroup_mma(v_sm, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(1, deps=(s,))
-    p = gl.exp2(s * scale - gl.expand_dims(lse_sm.index(stage).load(line), 0))
-    if MASKED:
-        rows = gl.expand_dims(gl.arange(0, ROWS, layout=line), 0)
-        p = gl.where(rows >= gl.expand_dims(low - at, 1), p, 0.0)
-    pb = gl.convert_layout(p.to(k_sm.dtype), operand)
-    p, dp = warpgroup_mma_wait(0, deps=(p, dp))  # p too, so that it is computed before
-    dv = warpgroup_mma(pb, do, dv, is_async=True)
-    ds = p * (dp - gl.expand_dims(delta_sm.index(stage).load(line), 0))
-    ds = gl.convert_layout(ds.to(k_sm.dtype), operand)
-    dk = warpgroup_mma(ds, q, dk, is_async=True)
-    return warpgroup_mma_wait(0, deps=(dk, dv))
+    return _add_dkv(
+        dk, dv, k_sm, v_sm, q_sm.index(stage), do_sm.index(stage), lse_sm.index(stage), delta_sm.index(stage),
+        at, low, scale, MASKED, LAYOUT,
+    )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["slots", "slots_q", "scale", "right"])
+@gluon.jit(do_not_specialize=["slots", "slots_q", "total_q", "scale", "right"])
 def _hopper_pair_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, rows_ptr, tiles_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, rows_ptr, tiles_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr,
     stride_q_t: "i64", stride_q_h: "i64", stride_k_t: "i64", stride_k_h: "i64", stride_v_t: "i64", stride_v_h: "i64",
-    stride_do_t: "i64", stride_do_h: "i64", stride_dk_t: "i64", stride_dk_h: "i64", stride_dv_t: "i64",
-    stride_dv_h: "i64", slots: "i32", slots_q: "i64", scale: "fp32", right: "i32",
-    GROUP: gl.constexpr, INNER: gl.constexpr, HEADS: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    stride_o_t: "i64", stride_o_h: "i64", stride_do_t: "i64", stride_do_h: "i64", stride_dq_t: "i64", stride_dq_h: "i64",
+    stride_dk_t: "i64", stride_dk_h: "i64", stride_dv_t: "i64", stride_dv_h: "i64",
+    slots: "i32", slots_q: "i64", total_q: "i64", scale: "fp32", right: "i32",
+    GROUP: gl.constexpr, INNER: gl.constexpr, HEADS: gl.constexpr, HAS_RIGHT: gl.constexpr, DLSE: gl.constexpr,
+    WHOLES: gl.constexpr,
 ):  # fmt: skip
     """dK and dV, summed over the query heads of the group; the map is that of the keys.
 
-    A program takes HEADS heads in turn, and fetches for the next one while it ends the one before.
+    A program takes HEADS heads in turn, and fetches for the next one while it ends the one before. With WHOLES there may be
+    sequences in the map that it takes whole: it computes their dQ and delta, too, and the other kernel leaves them out.
     """
     TURNS: gl.constexpr = HEADS * GROUP
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -277,6 +219,23 @@ def _hopper_pair_dkv_kernel(
     if kind == ABSENT:
         gdc_wait()  # so that this kernel never ends before the one that it follows
         return
+    if WHOLES:
+        if kind == WHOLE:
+            arguments = (
+                (q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr),
+                (stride_q_t, stride_k_t, stride_v_t, stride_o_t, stride_do_t, stride_dq_t, stride_dk_t, stride_dv_t),
+                (stride_q_h, stride_k_h, stride_v_h, stride_o_h, stride_do_h, stride_dq_h, stride_dk_h, stride_dv_h),
+                (lse_ptr, dlse_ptr, delta_ptr), (q_start, q_length, k_start, k_length, total_q), scale, right,
+            )  # fmt: skip
+            if HEADS == 1:
+                if block == 0:
+                    _whole(arguments, head, HAS_RIGHT, DLSE)
+            else:
+                programs = (k_length + ROWS - 1) // ROWS  # one for each block of keys: they share the heads
+                for mine in range(block * HEADS // programs, (block + 1) * HEADS // programs):
+                    _whole(arguments, head + mine, HAS_RIGHT, DLSE)
+            gdc_wait()
+            return
     begin, all_begin, _, end = _span(block, k_length, q_length, right, -1, ROWS, ROWS, HAS_RIGHT, False)
     k_sm = gl.allocate_shared_memory(dtype, [ROWS, D], shared)
     v_sm = gl.allocate_shared_memory(dtype, [ROWS, D], shared)

@@ -40,7 +40,14 @@ class TileMap(NamedTuple):
 
 
 def build(
-    offsets: torch.Tensor, other: torch.Tensor, total: int, other_total: int, block: int, left: int, right: int
+    offsets: torch.Tensor,
+    other: torch.Tensor,
+    total: int,
+    other_total: int,
+    block: int,
+    left: int,
+    right: int,
+    small: int = 0,
 ) -> TileMap:
     """Build the map of the rows at `offsets`, in tiles of `block`.
 
@@ -53,18 +60,21 @@ def build(
         How many rows there are on each side.
     left, right : int
         How many places to each side of its own a row sees; -1 for all.
+    small : int
+        If not 0, the tiles of sequences that have from 1 to so many rows on each side are of a kind of their own, or left
+        out where the number is negative.
     """
     offsets, other = offsets.contiguous(), other.contiguous()
     batch = offsets.shape[0] - 1
     slots = total // block + batch + 1
     wide = max(total, other_total) + block >= 2**31
     device = device_number(offsets)
-    key = (device, offsets.dtype, other.dtype, block, left >= 0, right >= 0, wide)
+    key = (device, offsets.dtype, other.dtype, block, left >= 0, right >= 0, wide, small)
     launchers = _LAUNCHERS.get(key)
     if launchers is None:
         constants = {
             "BLOCK": block, "OTHER": 64, "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
-            "BUCKETS": _BUCKETS, "LANES": _LANES,
+            "BUCKETS": _BUCKETS, "LANES": _LANES, "SMALL": small,
         }  # fmt: skip
         launchers = _LAUNCHERS[key] = (
             Launcher(_count_tiles_kernel, device, constants, num_warps=4),
@@ -92,15 +102,16 @@ def of(
     block: int,
     left: int,
     right: int,
+    small: int = 0,
 ) -> TileMap:
     """Return the map that is kept with the offsets, or build it and keep it.
 
     A map is used on the stream that built it only, and not again once the offsets were written to.
     """
-    key = (total, other_total, block, left, right)
+    key = (total, other_total, block, left, right, small)
     found: TileMap | None = recall(kept, key, offsets, other)
     if found is None:
-        found = build(offsets, other, total, other_total, block, left, right)
+        found = build(offsets, other, total, other_total, block, left, right, small)
         keep(kept, key, offsets, other, found)
     return found
 

@@ -8,6 +8,7 @@ FIELDS = tl.constexpr(8)  # integers a tile: a sector of 32 bytes where they are
 ABSENT = tl.constexpr(0)  # no tile: the grid is an upper bound
 ROWS = tl.constexpr(1)  # rows of a sequence
 SPARE = tl.constexpr(2)  # rows that belong to no sequence, where a kernel writes zeros
+WHOLE = tl.constexpr(3)  # rows of a sequence that a program takes whole, with its rows of the other side
 
 
 @triton.jit
@@ -20,6 +21,7 @@ def _slot(cu_ptr, i, BLOCK: tl.constexpr):
 def _tile_of(
     slot, cu_ptr, other_ptr, batch, total, left, right, halvings,
     BLOCK: tl.constexpr, OTHER: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BUCKETS: tl.constexpr,
+    SMALL: tl.constexpr,
 ):  # fmt: skip
     """For each slot its tile, and the bucket of its cost: the larger, the more blocks of the other side it sees."""
     low = tl.zeros_like(slot)
@@ -46,11 +48,19 @@ def _tile_of(
     if HAS_RIGHT:
         end = tl.minimum(end, last + right + 1)
     cost = tl.maximum(end // OTHER - begin // OTHER + 1, 1)
+    there = (block >= 0) & (block * BLOCK < length)
+    kind = tl.where(spare, SPARE, ROWS)
+    if SMALL != 0:
+        most: tl.constexpr = SMALL if SMALL > 0 else -SMALL
+        whole = (length > 0) & (length <= most) & (other_length > 0) & (other_length <= most) & (low < batch)
+        there = there & ~(whole & (SMALL < 0))
+        kind = tl.where(whole, WHOLE, kind)
+        # Before all others: their programs wait for no other kernel.
+        cost = tl.where(whole, cost * ((tl.minimum(length, most) + BLOCK - 1) // BLOCK) + BUCKETS // 4, cost)
     half: tl.constexpr = BUCKETS // 2
     bucket = tl.where(cost < half, cost, tl.minimum(half + (cost - half) // 16, BUCKETS - 1))
-    there = (block >= 0) & (block * BLOCK < length)
     bucket = tl.where(there, tl.where(spare, 1, bucket), 0)
-    kind = tl.where(there, tl.where(spare, SPARE, ROWS), ABSENT)
+    kind = tl.where(there, kind, ABSENT)
     return low, start, length, other_start, tl.where(spare, 0, other_length), block, kind, bucket
 
 
@@ -69,7 +79,7 @@ def _count_tiles_kernel(
     cu_ptr, other_ptr, counts_ptr,
     total: "i64", other_total: "i64", batch: "i32", slots: "i32", left: "i32", right: "i32", halvings: "i32",
     BLOCK: tl.constexpr, OTHER: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    BUCKETS: tl.constexpr, LANES: tl.constexpr,
+    BUCKETS: tl.constexpr, LANES: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
     """Count the tiles of each cost in ``counts[:BUCKETS]``; raise ``counts[2 * BUCKETS]`` if the offsets are bad."""
     slot = tl.program_id(0) * LANES + tl.arange(0, LANES)
@@ -77,7 +87,7 @@ def _count_tiles_kernel(
     tl.atomic_max(counts_ptr + 2 * BUCKETS + tl.zeros_like(slot), bad.to(tl.int32), mask=bad)
     _, _, _, _, _, _, _, bucket = _tile_of(
         slot.to(tl.int64), cu_ptr, other_ptr, batch, total, left, right, halvings,
-        BLOCK, OTHER, HAS_LEFT, HAS_RIGHT, BUCKETS,
+        BLOCK, OTHER, HAS_LEFT, HAS_RIGHT, BUCKETS, SMALL,
     )  # fmt: skip
     tl.atomic_add(counts_ptr + bucket, tl.full([LANES], 1, tl.int32), mask=slot < slots)
 
@@ -87,14 +97,14 @@ def _place_tiles_kernel(
     cu_ptr, other_ptr, counts_ptr, tiles_ptr,
     total: "i64", batch: "i32", slots: "i32", left: "i32", right: "i32", halvings: "i32",
     BLOCK: tl.constexpr, OTHER: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    BUCKETS: tl.constexpr, LANES: tl.constexpr,
+    BUCKETS: tl.constexpr, LANES: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
     """Write each tile at its place, the costliest first; tiles of equal cost in any order."""
     slot = tl.program_id(0) * LANES + tl.arange(0, LANES)
     inside = slot < slots
     row, start, length, other_start, other_length, block, kind, bucket = _tile_of(
         slot.to(tl.int64), cu_ptr, other_ptr, batch, total, left, right, halvings,
-        BLOCK, OTHER, HAS_LEFT, HAS_RIGHT, BUCKETS,
+        BLOCK, OTHER, HAS_LEFT, HAS_RIGHT, BUCKETS, SMALL,
     )  # fmt: skip
     bad = tl.load(counts_ptr + 2 * BUCKETS) != 0
     if bad:  # nothing in the offsets can be relied on: all rows get zeros
