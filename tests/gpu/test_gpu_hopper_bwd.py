@@ -85,6 +85,22 @@ def test_gradients(case, dtype, fixed):
 
 
 @pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "free"])
+def test_sums_that_nobody_set_to_zero(monkeypatch, fixed):
+    """Tiles of queries that see no key, too: nothing is added to their dQ."""
+    cross = next(case for case in CASES if case.name == "cross causal")
+    tensors, offsets, _ = given(cross, torch.bfloat16)
+    want = gradients(tensors, offsets, options_of(cross, fixed))
+
+    def filled(x, shape, dtype=None):
+        dtype = dtype or x.dtype
+        return torch.full(shape, float("nan") if dtype.is_floating_point else 77, dtype=dtype, device=x.device)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+    for name, a, b in zip(NAMES, gradients(tensors, offsets, options_of(cross, fixed)), want, strict=False):
+        (assert_bits(a, b, name) if fixed or name != "dq" else assert_near(a, b, torch.bfloat16, 2.0, name))
+
+
+@pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "free"])
 def test_views_of_a_joint_tensor(fixed):
     joint = normal(sum(EDGES), 8, 128, dtype=torch.float16)
     q, k, v = joint.split([4, 2, 2], 1)

@@ -91,7 +91,7 @@ def plan(
     k_tiles, k_slots = k_map
     before, main, after = _launchers(q, k, v, o, do, dlse, options, long)
     grid, main_grid = (slots * heads, 1, 1), (k_slots * kv_heads, 1, 1)
-    of_before = (*o.stride()[:2], *do.stride()[:2], total, slots)
+    of_before = (*o.stride()[:2], *do.stride()[:2], total, slots, options.scale)
     inputs = (stride for x in (q, k, v, do) for stride in x.stride()[:2])
     grads_of_keys = (kv_heads * width, width) * 2
     of_main = (*inputs, *grads_of_keys, k_slots, slots, options.scale, options.right)
@@ -103,23 +103,23 @@ def plan(
         rows = lse.new_empty((heads, slots, 2, step))
         acc = lse.new_empty((heads, slots, step * width))
         turns = lse.new_empty((heads, slots, TURNS.value), dtype=torch.int32)
-        before(grid, (o, do, lse, lse if dlse is None else dlse, q_tiles, delta, rows, acc, turns), of_before)
+        before(grid, (o, do, lse, lse if dlse is None else dlse, q_tiles, delta, rows, turns), of_before)
         main(main_grid, (q, k, v, do, rows, k_tiles, acc, turns, dk, dv), of_main)
-        after(grid, (acc, q_tiles, dq), of_after)
+        after(grid, (acc, turns, q_tiles, dq), of_after)
         return delta
 
     return launch
 
 
-def _together(kv_heads: int, long: bool, causal: bool, ordered: bool) -> int:
+def _together(kv_heads: int, shared: int, long: bool, ordered: bool) -> int:
     """How many heads of a tile run side by side, before those of the next tile.
 
-    Of long sequences few do, as in the forward. But where all blocks of keys see all queries, and so start together,
-    each must let the one before it pass: with more heads fewer of them are in one queue.
+    Of long sequences few do, as in the forward. But where dQ is added up in order, blocks of keys that start together
+    queue up, each waiting for the one before it: with more heads fewer of them are in one queue.
     """
     if not long:
         return kv_heads
-    return math.gcd(kv_heads, 4) if ordered and not causal else 1
+    return math.gcd(kv_heads, max(8 // shared, 1) if ordered else 2)
 
 
 def _launchers(
@@ -148,7 +148,7 @@ def _launchers(
         constants = {
             "SHARED": heads // kv_heads,
             "HEADS": kv_heads,
-            "INNER": _together(kv_heads, long, has_right, ordered),
+            "INNER": _together(kv_heads, heads // kv_heads, long, ordered),
             "D": width,
             "BLOCK_M": config.step,
             "STAGES": config.stages,

@@ -1,8 +1,10 @@
 """How the attention backward for Hopper adds up dQ: two warps in turn, in a fixed order of the blocks or in none.
 
-Of each tile of queries a counter says how many blocks of keys have added to its dQ: block j waits until that is j. No block waits in vain. It sees a tile only if all blocks before it do, as there is no window to the left, so
-each of them adds to it. And each of them has a program that runs: programs take the blocks of a sequence in their order,
-when they start. Nor does it wait long: all walk from the last query to the first, so one that starts later is behind.
+Of each tile of queries a counter says how many blocks of keys have added to its dQ: block j waits until that is j or, in
+no order, until the first one is done. That one does not add, but stores, so nobody has to write zeros before. No block
+waits in vain. It sees a tile only if all blocks before it do, as there is no window to the left, so each of them adds to
+it. And each of them has a program that runs: programs take the blocks of a sequence in their order, when they start. Nor
+does it wait long: all walk from the last query to the first, so one that starts later is behind.
 """
 
 from triton.experimental import gluon
@@ -12,6 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from ._hopper_bwd_dq_kernels import TURNS
 
 LINE = gl.constexpr(256)  # elements of dQ that the copy engine sees as a row
+
+_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 if hasattr(tma, "async_atomic_add"):  # since Triton 3.8
     _tma_add = tma.async_atomic_add
@@ -89,15 +93,18 @@ def _add(
         for _ in range(SHARED):
             if count % 2 == TURN:
                 turn_ptr = turns_ptr + place * TURNS
-                if ORDERED:
-                    _await(turn_ptr, block)
+                _await(turn_ptr, block if ORDERED else gl.minimum(block, 1))
                 for half in gl.static_range(2):
                     mbarrier.wait(dq_full.index(2 * half + TURN), count // 2 & 1)
-                    _tma_add(acc_desc, [(place * 2 + half) * LINES, 0], dq_sm.index(half))
+                    to = (place * 2 + half) * LINES
+                    if block == 0:
+                        _tma_store(acc_desc, [to, 0], dq_sm.index(half))
+                    else:
+                        _tma_add(acc_desc, [to, 0], dq_sm.index(half))
                 tma.store_wait(0)
                 for half in gl.static_range(2):
                     mbarrier.arrive(dq_empty.index(half), count=1)
-                if ORDERED:
+                if ORDERED or block == 0:
                     _pass_on(turn_ptr, block + 1)
             place += slots_q
             count += 1

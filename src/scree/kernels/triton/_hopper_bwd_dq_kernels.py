@@ -1,21 +1,32 @@
-"""What runs around the attention backward for Hopper: before it, the rows and zeros; after it, dQ out of the sums."""
+"""What runs around the attention backward for Hopper: before it, the rows; after it, dQ out of the sums."""
 
 import triton
 import triton.language as tl
 
-from ._attention_fwd_kernels import LOG2E, _tile
+from ._attention_fwd_kernels import _tile
 from ._tiles_kernels import ABSENT
 
 TURNS = tl.constexpr(2)  # integers a tile of queries, by which those that add to its dQ take turns
 
+LEAST = tl.constexpr(1e-18)
 
-@triton.jit(do_not_specialize=["total_q", "slots"])
+
+@triton.jit
+def _divisor(scale):
+    """The scale of the scores, but nothing that LSE cannot be divided by; below LEAST the scores make no difference."""
+    return tl.where(tl.abs(scale) < LEAST, LEAST, scale)
+
+
+@triton.jit(do_not_specialize=["total_q", "slots", "scale"])
 def _hopper_bwd_rows_kernel(
-    o_ptr, do_ptr, lse_ptr, dlse_ptr, tiles_ptr, delta_ptr, rows_ptr, acc_ptr, turns_ptr,
-    stride_o_t: "i64", stride_o_h: "i64", stride_do_t: "i64", stride_do_h: "i64", total_q: "i64", slots: "i32",
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, tiles_ptr, delta_ptr, rows_ptr, turns_ptr,
+    stride_o_t: "i64", stride_o_h: "i64", stride_do_t: "i64", stride_do_h: "i64", total_q: "i64", slots: "i32", scale: "fp32",
     INNER: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
-    """Before dQ is added up: ``delta = sum(o * do) - dlse`` and the aligned `rows`, and zeros in `acc` and `turns`."""
+    """Before dQ is added up: ``delta = sum(o * do) - dlse``, and zeros in `turns`.
+
+    The aligned `rows` get what the scores and their gradients start from: ``-lse / scale``, and ``-delta``.
+    """
     program = tl.program_id(0)
     tl.store(turns_ptr + program.to(tl.int64) * TURNS + tl.arange(0, TURNS), tl.zeros([TURNS], tl.int32))
     outer = program // INNER
@@ -37,15 +48,14 @@ def _hopper_bwd_rows_kernel(
     )  # fmt: skip
     across = head * total_q + base + local
     lse = tl.load(lse_ptr + across, mask=there, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if DLSE:
         delta -= tl.load(dlse_ptr + across, mask=there, other=0.0)
     tl.store(delta_ptr + across, delta, mask=there)
     tile = head * slots + q_start // BLOCK_M + row + block
-    tl.store(rows_ptr + tile * (2 * BLOCK_M) + local, lse)
-    tl.store(rows_ptr + tile * (2 * BLOCK_M) + BLOCK_M + local, delta)
-    tl.store(acc_ptr + tile * (BLOCK_M * D) + tl.arange(0, BLOCK_M * D), tl.zeros([BLOCK_M * D], tl.float32))
+    tl.store(rows_ptr + tile * (2 * BLOCK_M) + local, -lse / _divisor(scale))
+    tl.store(rows_ptr + tile * (2 * BLOCK_M) + BLOCK_M + local, -delta)
 
 
 @triton.jit
@@ -57,10 +67,10 @@ def _in_order(x, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["slots", "scale"])
 def _hopper_bwd_dq_kernel(
-    acc_ptr, tiles_ptr, dq_ptr, stride_dq_t: "i64", stride_dq_h: "i64", slots: "i32", scale: "fp32",
+    acc_ptr, turns_ptr, tiles_ptr, dq_ptr, stride_dq_t: "i64", stride_dq_h: "i64", slots: "i32", scale: "fp32",
     INNER: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dQ from `acc`."""
+    """dQ from `acc`; zeros where no block of keys has added to it."""
     program = tl.program_id(0)
     outer = program // INNER
     head = (outer // slots * INNER + program % INNER).to(tl.int64)
@@ -72,10 +82,12 @@ def _hopper_bwd_dq_kernel(
     local = tl.arange(0, BLOCK_M)
     inner = tl.arange(0, HALF)
     mask = (block * BLOCK_M + local < q_length)[:, None]
+    some = tl.load(turns_ptr + tile * TURNS) > 0
     base = q_start + block.to(tl.int64) * BLOCK_M
     dq_ptr += base * stride_dq_t + head * stride_dq_h
     for half in tl.static_range(2):
-        x = tl.load(acc_ptr + tile * (BLOCK_M * D) + half * (BLOCK_M * HALF) + tl.arange(0, BLOCK_M * HALF))
+        at = acc_ptr + tile * (BLOCK_M * D) + half * (BLOCK_M * HALF)
+        x = tl.load(at + tl.arange(0, BLOCK_M * HALF), mask=some, other=0.0)
         x = _in_order(x, BLOCK_M, HALF) * scale
         to = dq_ptr + half * HALF + local[:, None] * stride_dq_t + inner[None, :]
         tl.store(to, x.to(dq_ptr.dtype.element_ty), mask=mask)

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ._attention_fwd_kernels import _span, _tile
 from ._hopper_bwd_add_kernels import LINE, _add, _take
+from ._hopper_bwd_dq_kernels import _divisor
 from ._tiles_kernels import ABSENT
 from ._tiles_kernels import ROWS as PRESENT
 
@@ -60,6 +61,9 @@ def _step(
 ):  # fmt: skip
     """The queries from `at`; and dQ of the block before, which is left to be added while dK is multiplied.
 
+    S and dP are added to what `rows` holds, ``-lse / scale`` and ``-delta``: registers hold that only where the sums go.
+    The first wait has these registers written before either product begins; otherwise ptxas has one wait for the other.
+
     One step later, because dS of the other warpgroup is there by then: so one can multiply while the other computes.
     With four places for dS a warpgroup is never too early to write: that both have written two steps ago, for which
     it waited one step ago, means that the other one is done with what was written four steps ago.
@@ -70,20 +74,21 @@ def _step(
     phase = count // STAGES & 1
     zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, layout=S_LAYOUT)
     mbarrier.wait(q_full.index(stage), phase)
-    s = warpgroup_mma(k, q_sm.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = zeros + lse_sm.index(stage).load(S_LAYOUT)
     mbarrier.wait(do_full.index(stage), phase)
-    dp = warpgroup_mma(v, do_sm.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    dp = zeros + delta_sm.index(stage).load(S_LAYOUT)
+    s, dp = warpgroup_mma_wait(0, deps=(s, dp))
+    s = warpgroup_mma(k, q_sm.index(stage).permute((1, 0)), s, is_async=True)
+    dp = warpgroup_mma(v, do_sm.index(stage).permute((1, 0)), dp, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
-    lse = lse_sm.index(stage).load(S_LAYOUT)
-    p = gl.exp2(s * scale - lse)
+    p = gl.exp2(s * scale)
     if MASKED:
         rows = gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_LAYOUT)), 0)
         p = gl.where(rows >= gl.expand_dims(low - at, 1), p, 0.0)
     pb = gl.convert_layout(p.to(k.dtype), P_LAYOUT)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     dv = warpgroup_mma(pb, do_sm.index(stage), dv, is_async=True)
-    delta = delta_sm.index(stage).load(S_LAYOUT)
-    ds = (p * (dp - delta)).to(k.dtype)
+    ds = (p * dp).to(k.dtype)
     slot = count % SLOTS
     ds_sm.index(slot).slice(GROUP * ROWS, ROWS, 0).store(ds)
     fence_async_shared()
@@ -101,8 +106,8 @@ def _step(
 
 
 @gluon.jit
-def _place(tiles_ptr, turns_ptr, slots, slots_q, INNER: gl.constexpr, ORDERED: gl.constexpr):
-    """The head and the tile of this program: as the map has them or, if ORDERED, the next one of that sequence."""
+def _place(tiles_ptr, turns_ptr, slots, slots_q, INNER: gl.constexpr):
+    """The head of this program, and its tile: the next one of the sequence that the map has for it."""
     program = gl.program_id(0)
     outer = program // INNER
     head = outer // slots * INNER + program % INNER
@@ -112,9 +117,8 @@ def _place(tiles_ptr, turns_ptr, slots, slots_q, INNER: gl.constexpr, ORDERED: g
         k_length = 0
         q_start = k_start
         q_length = 0
-    if ORDERED:
-        if kind == PRESENT:  # in the map too no block of a sequence is costlier than the one before
-            block = _take(turns_ptr, row, head, slots_q)
+    if kind == PRESENT:  # in the map too no block of a sequence is costlier than the one before
+        block = _take(turns_ptr, row, head, slots_q)
     return head, k_start, k_length, q_start, q_length, block, row
 
 
@@ -158,7 +162,7 @@ def _multiply(
     k_half = k_sm.slice(GROUP * (D // 2), D // 2, 1)
     dk = gl.zeros([ROWS, D], gl.float32, layout=a_layout)
     dv = gl.zeros([ROWS, D], gl.float32, layout=a_layout)
-    scale_2 = scale * LOG2E
+    scale_2 = _divisor(scale) * LOG2E
     count = 0
     if begin < end:
         mbarrier.wait(k_full, 0)
@@ -271,17 +275,15 @@ def _hopper_bwd_kernel(
 ):  # fmt: skip
     """dK and dV, summed over the query heads of the group; and dQ, unscaled, added to `acc`.
 
-    `rows` is (H, slots_q, 2, BLOCK_M), as `_hopper_bwd_rows_kernel` leaves it; `acc`, (H, slots_q, BLOCK_M * D), and
-    `turns`, (H, slots_q, TURNS), zeros.
+    `rows` is (H, slots_q, 2, BLOCK_M), as `_hopper_bwd_rows_kernel` leaves it, and `turns`, (H, slots_q, TURNS), zeros;
+    `acc`, (H, slots_q, BLOCK_M * D), need not be.
     """
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], dtype)
     rows_layout: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
-    head, k_start, k_length, q_start, q_length, block, row = _place(
-        tiles_ptr, turns_ptr, slots, slots_q, INNER, ORDERED
-    )
+    head, k_start, k_length, q_start, q_length, block, row = _place(tiles_ptr, turns_ptr, slots, slots_q, INNER)
     begin, middle, end = _steps(block, k_length, q_length, right, BLOCK_M, HAS_RIGHT)
     tile = (head * SHARED * slots_q + q_start // BLOCK_M + row).to(gl.int32)  # of the first head of the group
     dq_sm = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M * D // 2 // LINE, LINE], rows_layout)
