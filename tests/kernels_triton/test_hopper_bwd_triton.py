@@ -42,7 +42,8 @@ def test_the_machine_code(monkeypatch, capfd, causal, fixed):
     found = launches(monkeypatch, "sm_90", 128, causal=causal, deterministic=fixed)
     code = offline.compiled(found[MAIN], "sm_90")
     assert code.shared <= offline.SHARED["sm_90"]
-    for wanted in ("HGMMA", "UTMALDG", "USETMAXREG", r"UTMAREDG.*ADD", "UTMASTG", "LDG.E.STRONG.GPU"):  # the last, turns
+    turns = "LDG.E.STRONG.GPU"
+    for wanted in ("HGMMA", "UTMALDG", "USETMAXREG", r"UTMAREDG.*ADD", "UTMASTG", turns):
         assert wanted in code
     for unwanted in (r"\bHMMA\b", r"ATOMG\.E\.ADD\.F32"):
         assert unwanted not in code
@@ -53,7 +54,8 @@ def test_the_machine_code(monkeypatch, capfd, causal, fixed):
 @EVERY_WAY
 def test_no_product_waits_for_the_one_before(monkeypatch, causal, fixed):
     found = launches(monkeypatch, "sm_90", 128, causal=causal, deterministic=fixed)
-    steps = re.findall(r"HGMMA\.64x(64|128)x16\S* .*gsb0|DEPBAR\.LE gsb0, 0x(\d)", offline.compiled(found[MAIN], "sm_90").text)
+    code = offline.compiled(found[MAIN], "sm_90").text
+    steps = re.findall(r"HGMMA\.64x(64|128)x16\S* .*gsb0|DEPBAR\.LE gsb0, 0x(\d)", code)
     order = "".join({"64": "m", "128": "M"}.get(product, wait) for product, wait in steps)
     # S and dP, a wait for each, dV; dQ and dK, a wait for dV, dQ and dK: in two loops of two warpgroups
     assert order.count("mm10MmM210") == 4, order

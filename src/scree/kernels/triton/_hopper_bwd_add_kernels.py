@@ -1,10 +1,11 @@
 """How the attention backward for Hopper adds up dQ: two warps in turn, in a fixed order of the blocks or in none.
 
-Of each tile of queries a counter says how many blocks of keys have added to its dQ: block j waits until that is j or, in
-no order, until the first one is done. That one does not add, but stores, so nobody has to write zeros before. No block
-waits in vain. It sees a tile only if all blocks before it do, as there is no window to the left, so each of them adds to
-it. And each of them has a program that runs: programs take the blocks of a sequence in their order, when they start. Nor
-does it wait long: all walk from the last query to the first, so one that starts later is behind.
+Of each tile of queries a counter says how many blocks of keys have added to its dQ: block j waits until that is j or,
+in no order, until the first one is done. That one does not add, but stores, so nobody has to write zeros before.
+
+No block waits in vain. It sees a tile only if all blocks before it do, as there is no window to the left, so each of
+them adds to it. And each of them has a program that runs: programs take the blocks of a sequence in their order, when
+they start. Nor does it wait long: all walk from the last query to the first, so one that starts later is behind.
 """
 
 from triton.experimental import gluon

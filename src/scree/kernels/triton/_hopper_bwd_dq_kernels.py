@@ -7,20 +7,20 @@ from ._attention_fwd_kernels import _tile
 from ._tiles_kernels import ABSENT
 
 TURNS = tl.constexpr(2)  # integers a tile of queries, by which those that add to its dQ take turns
-
-LEAST = tl.constexpr(1e-18)
+LEAST = tl.constexpr(1e-18)  # of the scale: LSE over it is far from the end of float32
 
 
 @triton.jit
 def _divisor(scale):
-    """The scale of the scores, but nothing that LSE cannot be divided by; below LEAST the scores make no difference."""
+    """The scale, or LEAST where it is less: LSE can be divided by that, and the scores make no difference either way."""
     return tl.where(tl.abs(scale) < LEAST, LEAST, scale)
 
 
 @triton.jit(do_not_specialize=["total_q", "slots", "scale"])
 def _hopper_bwd_rows_kernel(
     o_ptr, do_ptr, lse_ptr, dlse_ptr, tiles_ptr, delta_ptr, rows_ptr, turns_ptr,
-    stride_o_t: "i64", stride_o_h: "i64", stride_do_t: "i64", stride_do_h: "i64", total_q: "i64", slots: "i32", scale: "fp32",
+    stride_o_t: "i64", stride_o_h: "i64", stride_do_t: "i64", stride_do_h: "i64",
+    total_q: "i64", slots: "i32", scale: "fp32",
     INNER: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
     """Before dQ is added up: ``delta = sum(o * do) - dlse``, and zeros in `turns`.

@@ -61,12 +61,12 @@ def _step(
 ):  # fmt: skip
     """The queries from `at`; and dQ of the block before, which is left to be added while dK is multiplied.
 
-    S and dP are added to what `rows` holds, ``-lse / scale`` and ``-delta``: registers hold that only where the sums go.
-    The first wait has these registers written before either product begins; otherwise ptxas has one wait for the other.
-
     One step later, because dS of the other warpgroup is there by then: so one can multiply while the other computes.
     With four places for dS a warpgroup is never too early to write: that both have written two steps ago, for which
     it waited one step ago, means that the other one is done with what was written four steps ago.
+
+    S and dP are added to what `rows` holds, ``-lse / scale`` and ``-delta``, so that no other registers have to.
+    The first wait has theirs written before either product begins: otherwise ptxas lets one wait for the other.
     """
     _, _, q_sm, do_sm, lse_sm, delta_sm, ds_sm, dq_sm = memory
     _, _, q_full, do_full, q_empty, do_empty, ds_full, dq_full, dq_empty = barriers
