@@ -110,9 +110,9 @@ def test_gradients_of_several_parts(device, small_tiles, how):
 @pytest.mark.parametrize("how", ["softmax", "max", "logsumexp"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_special_values_in_several_parts(device, small_tiles, how, bad):
-    arr = array(device, ())
+    arr = array(device, (), lengths=(5, 0, 40, 1))
     host = arr.values.cpu().numpy()
-    begin = int(arr.offsets[3])
+    begin = int(arr.offsets[2])
     clean = softmax(arr) if how == "softmax" else reduce(arr, how)
     for places in ([*range(begin, begin + 16)], [*range(begin, begin + 40)]):
         x = host.copy()
@@ -125,7 +125,7 @@ def test_special_values_in_several_parts(device, small_tiles, how, bad):
             else kernels.varlen_reduce(a, how, implementation="reference")
         )
         assert_close(got, want.cpu(), "float64", scale=10)
-        others = [*range(begin), *range(begin + 40, len(x))] if how == "softmax" else [0, 1, 2, 4, 5]
+        others = [*range(begin), *range(begin + 40, len(x))] if how == "softmax" else [0, 1, 3]
         assert_same_bits(got[others], clean.cpu().numpy()[others])
 
 
@@ -154,10 +154,10 @@ def test_integers_in_several_parts(device, small_tiles, dtype):
 
 @pytest.mark.parametrize("ragged_dim", [1, 2])
 def test_another_ragged_dim(device, small_tiles, ragged_dim):
-    arr = array(device, (2, 3), torch.float32)
+    arr = array(device, (2, 3), torch.float32, (5, 0, 40, 1))
     moved = scree.Array(arr.values.movedim(0, ragged_dim).contiguous(), arr.offsets, ragged_dim)
     assert_close(softmax(moved).movedim(ragged_dim, 0).cpu(), softmax(arr).cpu(), "float32")
-    for how in REDUCTIONS:
+    for how in ("sum", "max", "logsumexp"):
         assert_close(reduce(moved, how).cpu(), reduce(arr, how).cpu(), "float32")
 
 
