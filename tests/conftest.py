@@ -16,6 +16,7 @@ A test that names one of these arguments is run once for every combination of
 import importlib
 import importlib.util
 import os
+import tempfile
 import warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +27,12 @@ import pytest
 
 import frameworks
 from scree._backends import FRAMEWORKS
+
+# JAX compiles an equal program of another function anew: this spares it that. To each worker its own: JAX writes in place.
+COMPILED = tempfile.TemporaryDirectory(prefix="scree-tests-", ignore_cleanup_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 KINDS = {"floating": "floats", "integer": "integers", "any_dtype": "dtypes"}
 
