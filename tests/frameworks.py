@@ -99,6 +99,10 @@ class Harness:
         """Return the same without a compiler, which may round two programs differently: for comparing bits."""
         return self.grad(fn, *arrays)
 
+    def jit_grad(self, fn, *arrays):
+        """Return the same compiled as in a user's program: for comparing bits where an eager gradient takes long."""
+        return self.grad(fn, *arrays)
+
     def _cast(self, data, dtype):
         data = np.asarray(data)
         if dtype is None:
@@ -168,6 +172,11 @@ class Torch(Harness):
 
 
 class Jax(Harness):
+    """JAX. XLA hardly optimises what ``jit``, ``run`` and ``grad`` compile: that would take most of the time.
+
+    Bits are not compared of these: users' programs are compiled otherwise.
+    """
+
     name = "jax"
     has_gradients = True
     compiles_per_shape = True
@@ -205,15 +214,24 @@ class Jax(Harness):
     def is_array(self, x):
         return isinstance(x, self.module.Array)
 
+    def jit(self, fn):
+        if self.device_kind != "cpu" or self.module.__version_info__ < (0, 7):
+            return self.module.jit(fn)
+        options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+        return self.module.jit(fn, compiler_options=options)
+
     def run(self, fn, *arrays):
-        return self.module.jit(fn)(*arrays)
+        return self.jit(fn)(*arrays)
 
     def grad(self, fn, *arrays):
         # One program instead of one an operation: an eager gradient costs tens of seconds of compilation.
-        return [self.to_np(g) for g in self.module.jit(self._grad(fn, arrays))(*arrays)]
+        return [self.to_np(g) for g in self.run(self._grad(fn, arrays), *arrays)]
 
     def eager_grad(self, fn, *arrays):
         return [self.to_np(g) for g in self._grad(fn, arrays)(*arrays)]
+
+    def jit_grad(self, fn, *arrays):
+        return [self.to_np(g) for g in self.module.jit(self._grad(fn, arrays))(*arrays)]
 
     def _grad(self, fn, arrays):
         return self.module.grad(fn, argnums=tuple(range(len(arrays))))

@@ -45,6 +45,6 @@ def arr_of(jx, lengths, features, seed=0, dtype="float32"):
     return scree.Array(values, jx.array(oracle.offsets_of(lengths), "int32"))
 
 
-def compiled(run, *given):
-    """Call a jitted function; nearly all the time went to optimising what the interpreter makes of a kernel."""
-    return run.lower(*given).compile(compiler_options={"xla_backend_optimization_level": 0})(*given)
+def for_bits(jx, fn):
+    """Compile attention whose bits are compared: XLA's older code for the CPU rounds the same row otherwise elsewhere."""
+    return lambda *given: jx.module.jit(fn).lower(*given).compile({"xla_backend_optimization_level": 0})(*given)

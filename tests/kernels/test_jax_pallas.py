@@ -1,5 +1,7 @@
 """Attention of the room jax_pallas without a GPU: kernels in Pallas's interpreter, and what is computed elsewhere instead."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -7,14 +9,14 @@ import oracle
 import scree
 from cases import normal
 from expect import assert_close, assert_same_bits
-from pallas_room import NAME, anywhere, arr_of, compiled, interpreted, jx
+from pallas_room import NAME, anywhere, arr_of, for_bits, interpreted, jx
 from scree import kernels
 
 pytestmark = pytest.mark.no_poison
 LENGTHS = (70, 0, 5, 40)  # tiles of single precision have 32 tokens
 
 
-def results(jx, given, implementation, sinks=None, **options):
+def results(jx, given, implementation, sinks=None, bits=False, **options):
     """Attention's output and LSE, and the gradients of both through weights that a seed gives."""
     jax, jnp = jx.module, jx.module.numpy
 
@@ -28,8 +30,9 @@ def results(jx, given, implementation, sinks=None, **options):
         return total + (finite * normal(finite.shape, 9)).sum(), (out.values, lse.values)
 
     arrays = [a.values for a in given]
-    run = jax.jit(jax.value_and_grad(loss, argnums=0 if sinks is None else (0, 1), has_aux=True))
-    (_, out), grads = compiled(run, arrays, None if sinks is None else jx.array(sinks))
+    run = jax.value_and_grad(loss, argnums=0 if sinks is None else (0, 1), has_aux=True)
+    jit = functools.partial(for_bits, jx) if bits else jx.jit
+    (_, out), grads = jit(run)(arrays, None if sinks is None else jx.array(sinks))
     return [jx.to_np(x) for x in (*out, *jax.tree_util.tree_leaves(grads))]
 
 
@@ -64,14 +67,14 @@ def test_halves(jx, interpreted, dtype):
 def test_a_row_alone_and_beside_nan(jx, interpreted):
     given = [arr_of(jx, LENGTHS, (2, 8), i) for i in range(3)]
     cuts = oracle.offsets_of(LENGTHS)
-    together = results(jx, given, NAME, causal=True)
+    together = results(jx, given, NAME, bits=True, causal=True)
     bad = [a.with_values(a.values.at[cuts[2] : cuts[3]].set(np.nan)) for a in given]
-    beside = results(jx, bad, NAME, causal=True)
+    beside = results(jx, bad, NAME, bits=True, causal=True)
     for row in (0, 3):
         place = slice(cuts[row], cuts[row + 1])
         for a, b in zip(together, beside, strict=True):
             assert_same_bits(a[place], b[place])
-        alone = results(jx, [a[row : row + 1] for a in given], NAME, causal=True)
+        alone = results(jx, [a[row : row + 1] for a in given], NAME, bits=True, causal=True)
         for a, b in zip(together[:2], alone, strict=False):  # the gradients are of other weights
             assert_same_bits(a[place], b)
 
@@ -79,7 +82,7 @@ def test_a_row_alone_and_beside_nan(jx, interpreted):
 def test_spare_values_are_left_out_and_one_trace_serves_all_raggedness(jx, interpreted):
     jax, traces = jx.module, []
 
-    @jax.jit
+    @jx.jit
     def step(a):
         traces.append(None)
 
@@ -109,20 +112,22 @@ def test_vmap_over_values(jx, interpreted):
         b = a.with_values(values)
         return kernels.varlen_attention(b, b, b, causal=True, implementation=implementation).values
 
-    for got, values in zip(jx.module.vmap(attend)(stacked), stacked, strict=True):
-        assert_close(jx.to_np(got), jx.to_np(attend(values, "reference")), "float32")
+    want = jx.jit(lambda values: attend(values, "reference"))
+    for got, values in zip(jx.run(jx.module.vmap(attend), stacked), stacked, strict=True):
+        assert_close(jx.to_np(got), jx.to_np(want(values)), "float32")
 
 
-@pytest.mark.parametrize("offsets", [[0, 4, 90], [0, 8, 3], [0, -5, 10], [7, 2, -1], [3, 3, 10]], ids=str)
-def test_no_offsets_reach_outside(jx, interpreted, offsets):
+def test_no_offsets_reach_outside(jx, interpreted):
     # What no check has seen, as under a trace: too large, falling, negative, not from 0.
     values = jx.array(normal((10, 2, 8), 0))
 
+    @jx.jit
     def attend(v, o):
         b = scree.Array(v, o)
         return kernels.varlen_attention(b, b, b, causal=True, implementation=NAME).values
 
-    assert np.isfinite(jx.to_np(jx.module.jit(attend)(values, jx.array(offsets, "int32")))).all()
+    for offsets in ([0, 4, 90], [0, 8, 3], [0, -5, 10], [7, 2, -1], [3, 3, 10]):
+        assert np.isfinite(jx.to_np(attend(values, jx.array(offsets, "int32")))).all(), offsets
 
 
 @pytest.mark.parametrize("lengths", [(), (0, 0)], ids=str)
