@@ -182,6 +182,19 @@ def test_ci_runs_the_commands_of_the_first_screen():
         assert command in run
 
 
+@pytest.mark.parametrize("mark", ["browser", "tensorflow", "hf"])
+def test_ci_looks_for_the_tests_of_a_mark_wherever_they_are(mark):
+    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (given,) = re.findall(rf"pytest -m {mark}((?: \S+)*)$", run, re.MULTILINE)
+    folders = [ROOT / name for name in given.split()]
+    marked = [
+        path for path in (ROOT / "tests").rglob("test_*.py") if f"mark.{mark}" in path.read_text(encoding="utf-8")
+    ]
+    assert marked and folders
+    for path in marked:
+        assert path in folders or any(folder in path.parents for folder in folders), path
+
+
 def examples():
     """Return the files of examples/, each with the marks that its imports ask for."""
     for path in EXAMPLES:
