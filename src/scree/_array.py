@@ -349,8 +349,8 @@ def _checked(xp: Backend, values: Dense, offsets: Any, dim: int) -> Structure:
     if offsets.shape[0] == 0:
         raise ValueError("offsets: got shape (0,); needs (batch_size + 1,), at least the 0 at the front")
     _check.same_device(xp, offsets, values, "offsets", "values")
-    if xp.EAGER and not xp.is_traced(offsets):
-        host = xp.host_view(offsets)
+    if xp.EAGER:
+        host = xp.host_view(offsets)  # None under a trace
         if host is not None:
             _check.host_offsets(host, values.shape[dim], spare=False)
             return Structure(_offsets.signed(host))

@@ -11,7 +11,7 @@ from cases import batch
 from expect import raises
 from scree import kernels
 from scree._backends import FRAMEWORKS
-from scree.kernels import _api, _dispatch
+from scree.kernels import _dispatch, _recall
 from scree.kernels._dispatch import TABLE, Impl
 
 PUBLIC = [name for name in kernels.__all__ if name.startswith("varlen_") and not name.endswith("_triton")]
@@ -197,10 +197,15 @@ def test_a_weight_is_no_bias(xp):
 
 
 def test_little_is_kept_of_options_that_change_at_every_call(xp, monkeypatch):
-    monkeypatch.setattr(_api, "_MOST_KEPT", 8)
+    monkeypatch.setattr(_recall, "_MOST_KEPT", 8)
     arr = batch(xp, (1,), (4,))
     kept = []
     for i in range(20):
         kernels.varlen_rmsnorm(arr, eps=1e-6 * (i + 1))
         kept.append(len(arr._structure.derived))
     assert 0 < min(kept) and max(kept) <= 8
+    heads = batch(xp, (1,), (1, 4))
+    for i in range(20):
+        kernels.varlen_attention(heads, heads, heads, scale=1e-3 * (i + 1))
+    assert len(heads._structure.derived) <= 8
+    assert len(_recall.CHOSEN) <= 8 or xp.name != "torch"

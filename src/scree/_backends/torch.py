@@ -260,7 +260,8 @@ def host_view(x: Dense) -> HostArray | None:
 
 
 def _bits(x: Dense) -> HostArray:
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     return (x.view(_STAND_IN[x.dtype.itemsize]) if x.dtype in _NUMPY_LACKS else x).numpy()
 
 

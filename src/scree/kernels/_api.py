@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Sequence
+from typing import Literal, overload
 
 from .._array import Array
-from .._backends import Dense, find_backend
+from .._backends import Dense
 from . import _contract
-from ._dispatch import choose, function_of
+from ._dispatch import choose
+from ._recall import CHOSEN, bound, recall, whatever_lengths
 
 Window = tuple[int | None, int | None]
 Reduction = Literal["sum", "mean", "max", "min", "logsumexp"]
@@ -129,7 +129,10 @@ def varlen_attention(
         window = window_size if type(window_size) is tuple else (window_size,)
         given = (*given, *window, *map(type, window))
     others = () if sinks is None else (sinks,)
-    key, call = _recall("varlen_attention", (q, k, v), others, given)
+    key, call = recall("varlen_attention", (q, k, v), others, given)
+    alike = None if call is not None or key is None or others else whatever_lengths(key, (q, k, v))
+    if alike is not None:
+        call = CHOSEN.get(alike)
     if call is None:
         options = _contract.attention(
             q,
@@ -144,59 +147,8 @@ def varlen_attention(
             deterministic=deterministic,
         )
         module = choose("varlen_attention", implementation, q, k, v, sinks, options)
-        call = _bound(key, module, "varlen_attention", (q, k, v), {"options": options})
+        call = bound(key, module, "varlen_attention", (q, k, v), {"options": options}, alike)
     return call(q, k, v, sinks)
-
-
-_Call = Callable[..., Any]
-_Key = tuple[Any, ...]
-_IMMUTABLE = frozenset({bool, int, float, str, type, type(None)})
-_MOST_KEPT = 256
-
-
-def _recall(
-    op: str, arrays: tuple[Array, ...], others: tuple[Dense, ...], given: tuple[Any, ...]
-) -> tuple[_Key | None, _Call | None]:
-    """Return the function that computes a call, if one like it was checked before, and the key to keep it under.
-
-    A call is like another one on the same offsets, where arrays and options agree in all that the checks and the choice
-    of an implementation look at. No key where that cannot be said in a few words: Arrays of different offsets, or a
-    compiler or a transformation that is looking on.
-    """
-    first = arrays[0]
-    if type(first) is not Array:
-        return None, None
-    xp = find_backend(first._values)
-    if xp is None:
-        return None, None
-    offsets, dim = first._offsets, first._ragged_dim
-    every: list[Dense] = []
-    for arr in arrays:
-        if type(arr) is not Array or arr._offsets is not offsets or arr._ragged_dim != dim:
-            return None, None
-        every.append(arr._values)
-    facts = xp.facts(*every, *others)
-    if facts is None:
-        return None, None
-    key = (op, dim, given, facts)
-    try:
-        return key, first._structure.derived.get(key)
-    except TypeError:  # an option without a hash
-        return None, None
-
-
-def _bound(key: _Key | None, module: Any, op: str, arrays: tuple[Array, ...], options: dict[str, Any]) -> _Call:
-    """Bind the options of a call that was checked to the function of its implementation, and keep that with the offsets."""
-    if key is None or "bind" not in vars(module):
-        call = functools.partial(function_of(module, op), **options)
-    else:
-        call = module.bind(op, arrays, options)
-    if key is not None and _IMMUTABLE.issuperset(map(type, key[2])):
-        derived = arrays[0]._structure.derived
-        if len(derived) >= _MOST_KEPT:  # options or shapes that change at every call
-            derived.clear()
-        derived[key] = call
-    return call
 
 
 def varlen_layernorm(
@@ -234,11 +186,11 @@ def varlen_layernorm(
     Ba et al., "Layer Normalization", 2016, eq. 3 and 4.
     """
     others = tuple(x for x in (weight, bias) if x is not None)
-    key, call = _recall("varlen_layernorm", (arr,), others, (weight is None, eps, implementation))
+    key, call = recall("varlen_layernorm", (arr,), others, (weight is None, eps, implementation))
     if call is None:
         eps = _contract.norm("varlen_layernorm", arr, {"weight": weight, "bias": bias}, eps)
         module = choose("varlen_layernorm", implementation, arr, weight, bias, eps)
-        call = _bound(key, module, "varlen_layernorm", (arr,), {"eps": eps})
+        call = bound(key, module, "varlen_layernorm", (arr,), {"eps": eps})
     return call(arr, weight, bias)
 
 
@@ -272,11 +224,11 @@ def varlen_rmsnorm(
     Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, eq. 4.
     """
     others = () if weight is None else (weight,)
-    key, call = _recall("varlen_rmsnorm", (arr,), others, (eps, implementation))
+    key, call = recall("varlen_rmsnorm", (arr,), others, (eps, implementation))
     if call is None:
         eps = _contract.norm("varlen_rmsnorm", arr, {"weight": weight}, eps)
         module = choose("varlen_rmsnorm", implementation, arr, weight, eps)
-        call = _bound(key, module, "varlen_rmsnorm", (arr,), {"eps": eps})
+        call = bound(key, module, "varlen_rmsnorm", (arr,), {"eps": eps})
     return call(arr, weight)
 
 
@@ -301,10 +253,10 @@ def varlen_softmax(arr: Array, *, implementation: str | None = None) -> Array:
     -----
     Arithmetic is in float32 or wider. Differentiable.
     """
-    key, call = _recall("varlen_softmax", (arr,), (), (implementation,))
+    key, call = recall("varlen_softmax", (arr,), (), (implementation,))
     if call is None:
         _contract.softmax(arr)
-        call = _bound(key, choose("varlen_softmax", implementation, arr), "varlen_softmax", (arr,), {})
+        call = bound(key, choose("varlen_softmax", implementation, arr), "varlen_softmax", (arr,), {})
     return call(arr)
 
 
@@ -329,10 +281,10 @@ def varlen_reduce(arr: Array, op: Reduction, *, implementation: str | None = Non
     -----
     Arithmetic on floating values is in float32 or wider. Differentiable.
     """
-    key, call = _recall("varlen_reduce", (arr,), (), (op, implementation))
+    key, call = recall("varlen_reduce", (arr,), (), (op, implementation))
     if call is None:
         _contract.reduce(arr, op)
-        call = _bound(key, choose("varlen_reduce", implementation, arr, op), "varlen_reduce", (arr,), {"op": op})
+        call = bound(key, choose("varlen_reduce", implementation, arr, op), "varlen_reduce", (arr,), {"op": op})
     return call(arr)
 
 
@@ -381,9 +333,9 @@ def varlen_rope(
     ----------
     Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, eq. 34.
     """
-    key, call = _recall("varlen_rope", (arr,), (cos, sin), (interleaved, start, type(start), implementation))
+    key, call = recall("varlen_rope", (arr,), (cos, sin), (interleaved, start, type(start), implementation))
     if call is None:
         options = {"interleaved": bool(interleaved), "start": _contract.rope(arr, cos, sin, start)}
         module = choose("varlen_rope", implementation, arr, cos, sin, **options)
-        call = _bound(key, module, "varlen_rope", (arr,), options)
+        call = bound(key, module, "varlen_rope", (arr,), options)
     return call(arr, cos, sin)

@@ -151,5 +151,5 @@ def attend(
         sinks,
         *options.flat(),
     )
-    out = q.with_values(o.to(q.dtype))
+    out = q.with_values(o if o.dtype == q.dtype else o.to(q.dtype))
     return (out, q.with_values(lse.to(torch.float32))) if options.return_lse else out

@@ -18,6 +18,8 @@ from .._rows import Span, spans
 from ._common import wide
 
 _Limits = tuple[int | None, int | None]
+_LARGE = 1 << 20  # elements
+_KERNEL_QUERIES = 32  # the flash kernel's blocks of queries have so many, or a multiple
 
 
 def is_finite(x: Tensor) -> bool:
@@ -26,6 +28,29 @@ def is_finite(x: Tensor) -> bool:
         x = x.view(-1)
         return math.isfinite(float(torch.dot(x, x)))  # quicker than a sum, whose threads have to be woken
     return math.isfinite(float(x.sum(dtype=wide(x.dtype))))
+
+
+def witnesses_finite(x: Tensor, pieces: list[int]) -> bool:
+    """Whether what the flash kernel computed shows no sign of a key or a value that is not finite and hidden.
+
+    The kernel multiplies matrices of a block of queries of one call: what comes through to any of them comes through to the
+    first, which sees no more keys than the others under `causal`, and with a window has as many hidden.
+
+    Parameters
+    ----------
+    x : Tensor of (T, heads, D)
+        The output, or the gradient of q.
+    pieces : list of int
+        How many queries each call had, in order.
+    """
+    if x.numel() <= _LARGE:  # quicker to look at whole
+        return is_finite(x)
+    first: list[int] = []
+    end = 0
+    for n in pieces:
+        first.extend(range(end, end + n, _KERNEL_QUERIES))
+        end += n
+    return is_finite(x.index_select(0, torch.tensor(first, dtype=torch.int32)))
 
 
 def not_finite(k: Tensor, v: Tensor, k_offsets: HostInts, limits: _Limits) -> dict[int, list[int]]:
