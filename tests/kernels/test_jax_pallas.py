@@ -117,17 +117,24 @@ def test_vmap_over_values(jx, interpreted):
         assert_close(jx.to_np(got), jx.to_np(want(values)), "float32")
 
 
-def test_no_offsets_reach_outside(jx, interpreted):
+def test_no_offsets_reach_outside_or_leave_a_token_out(jx, interpreted):
     # What no check has seen, as under a trace: too large, falling, negative, not from 0.
     values = jx.array(normal((10, 2, 8), 0))
 
-    @jx.jit
-    def attend(v, o):
-        b = scree.Array(v, o)
-        return kernels.varlen_attention(b, b, b, causal=True, implementation=NAME).values
+    def attend(implementation):
+        def square(v, o):
+            b = scree.Array(v, o)
+            out, lse = kernels.varlen_attention(b, b, b, implementation=implementation, return_lse=True)
+            return (out.values**2).sum() + lse.values.sum(), (out.values, lse.values)
 
-    for offsets in ([0, 4, 90], [0, 8, 3], [0, -5, 10], [7, 2, -1], [3, 3, 10]):
-        assert np.isfinite(jx.to_np(attend(values, jx.array(offsets, "int32")))).all(), offsets
+        return jx.jit(jx.module.grad(square, has_aux=True))
+
+    got, want, leaves = attend(NAME), attend("jax_xla"), jx.module.tree_util.tree_leaves
+    for numbers in ([0, 4, 90], [0, 8, 3], [0, -5, 10], [7, 2, -1], [3, 3, 10], [2, 5, 8]):
+        offsets, before = jx.array(numbers, "int32"), max(numbers[0], 0)
+        for a, b in zip(leaves(got(values, offsets)), leaves(want(values, offsets)), strict=True):
+            assert_close(jx.to_np(a), jx.to_np(b), "float32")
+            assert (jx.to_np(a)[:before] == 0).all()
 
 
 @pytest.mark.parametrize("lengths", [(), (0, 0)], ids=str)

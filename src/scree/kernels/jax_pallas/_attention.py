@@ -1,13 +1,12 @@
 """Where each tile lies is worked out on the device; then one kernel forward, and two backward.
 
-Behind the rows comes one more, of the tokens that belong to no sequence, with nothing on the other side: so its results
-are the zeros that they have to be. Where a program is compiled for another device than an NVIDIA GPU, it is the tiles of
-`jax_xla` that it computes with.
+On Hopper halves at head dim 128 have the kernels of `_hopper`; all else has those of `_kernels`, by Pallas's Triton
+backend, which waits for every product where it is made. Where a program is compiled for another device than an NVIDIA
+GPU, it is the tiles of `jax_xla` that it computes with.
 
-Of the tiles that were timed on an H200 those of `_HALF` were the fastest forward: 227 TFLOP/s on 16 rows of ~760 tokens at
-head dim 64, where 128 queries or 128 keys a step gave 150 to 216, and 406 on 4 rows of 8192 at 128, where 128 keys in three
-stages gave 407, all others less, and cuDNN, which overlaps the softmax with the products, 570. Triton waits for every
-product where it is made.
+Of the tiles of `_HALF` that were timed on an H200, these were the fastest forward: 227 TFLOP/s on 16 rows of ~760 tokens
+at head dim 64, where 128 queries or 128 keys a step gave 150 to 216, and 406 on 4 rows of 8192 at 128, where 128 keys in
+three stages gave 407 and all others less.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from jax import Array as Dense
 from ..._array import Array
 from .._options import AttentionOptions
 from ..jax_xla import _attention as portable
-from ..jax_xla._tiles import safe, tiles_of
-from . import _kernels, _where
-from ._kernels import Launch, Options, Sides
+from ..jax_xla._tiles import safe
+from . import _hopper, _kernels, _where
+from ._kernels import Launch, Options
 from ._launch import like
+from ._table import Rows, rows_of, table_of
 
 INTERPRET = False  # the tests' switch: Pallas's interpreter, which needs no GPU
 _INF = float("inf")
-_COMPARED = 1 << 26  # comparisons, up to which they are faster than a search in steps
 _custom_vjp: Any = jax.custom_vjp  # whose types lose those of what it decorates
 
 
@@ -120,40 +119,31 @@ def _compute(
     o, lse = _attend(fixed, q, k, v, sinks, q_offsets, k_offsets)
     if not return_lse:
         return o, None
-    used = jnp.arange(q.shape[0]) < q_offsets[-1]
-    return o, jnp.where(used[:, None], lse.T, 0)
+    return o, jnp.where(_used(q_offsets, len(q))[:, None], lse.T, 0)
 
 
-def _tiles(offsets: Dense, total: int, other: Dense, of: Sides, size: int) -> Dense:
-    """(tiles, 5): begin, first, length, other, other_length of every tile, those with the most to do first."""
-    rows = offsets.shape[0] - 1
-    offsets = jnp.concatenate([offsets.at[0].set(0), jnp.full((1,), total, offsets.dtype)])
-    other = jnp.concatenate([other, other[-1:]]).astype(offsets.dtype)
-    most = total // size + rows + 1
-    tiles = tiles_of(offsets, size)
-    number = jnp.arange(most, dtype=offsets.dtype)
-    method = "compare_all" if most * rows <= _COMPARED else "scan"
-    row = jnp.searchsorted(tiles.bounds[1:], number, side="right", method=method).astype(offsets.dtype)
-    row = jnp.minimum(row, rows)
-    first = (number - tiles.bounds[row]) * size
-    length, m = offsets[row + 1] - offsets[row], other[row + 1] - other[row]
-    left, right = of
-    place = first + m - length
-    low = 0 if left is None else jnp.clip(place - left, 0, m)
-    high = m if right is None else jnp.clip(place + size + right, 0, m)
-    work = jnp.where(first < length, high - low, -1)
-    return jnp.stack((offsets[row] + first, first, length, other[row], m), 1)[jnp.argsort(-work)]
+def _used(offsets: Dense, total: int) -> Dense:
+    """(T,): which tokens belong to a sequence."""
+    token = jnp.arange(total)
+    return (token >= offsets[0]) & (token < offsets[-1])
 
 
 def _launch(
-    kernel: str, fixed: _Fixed, q: Dense, v: Dense, heads: int, group: int, sides: Any, out: Any, *given: Any
+    kernel: str,
+    fixed: _Fixed,
+    q: Dense,
+    v: Dense,
+    heads: int,
+    group: int,
+    rows: tuple[Rows, Rows],
+    out: Any,
+    *given: Any,
 ) -> Any:
-    offsets, total, other = sides
     cut = _cut(kernel, q, v)
     given_ = fixed.options
     left, right = given_.sides
     of = (right, left) if kernel == "backward_kv" else (left, right)
-    tiles = _tiles(offsets, total, other, of, cut.rows)
+    tiles = table_of(*rows, of, cut.rows)
     options = Options(given_.scale, left, right, given_.softcap, group, cut.rows, cut.step, fixed.interpret)
     launch = Launch(heads, cut.warps, cut.stages, fixed.interpret)
     return _kernels.call(getattr(_kernels, kernel), options, launch, out, tiles, *given)
@@ -184,13 +174,15 @@ _attend.defvjp(_forward, _backward)
 def _kernel_forward(
     fixed: _Fixed, q: Dense, k: Dense, v: Dense, sinks: Dense | None, q_offsets: Dense, k_offsets: Dense
 ) -> tuple[Dense, Dense]:
+    if not fixed.interpret and _hopper.serves(fixed.options, q, k, v):
+        return _hopper.attend(fixed.options, q, k, v, sinks, q_offsets, k_offsets)
     total, heads, _ = q.shape
     out = (
         jax.ShapeDtypeStruct((total, heads, v.shape[2]), q.dtype),
         jax.ShapeDtypeStruct((heads, total), jnp.float32),
     )
     more = () if sinks is None else (sinks.astype(jnp.float32),)
-    group, of = heads // k.shape[1], (q_offsets, total, k_offsets)
+    group, of = heads // k.shape[1], (rows_of(q_offsets, total), rows_of(k_offsets, len(k)))
     o, lse = _launch("forward", fixed, q, v, heads, group, of, out, q, k, v, *more)
     return o, lse
 
@@ -211,14 +203,17 @@ def _kernel_backward(
     heads, kv_heads = q.shape[1], k.shape[1]
     group = heads // kv_heads
     top = jnp.where(lse == -_INF, _INF, lse * _kernels.LOG2E)
-    of, out = (q_offsets, q.shape[0], k_offsets), (like(q), like(lse))
-    dq, pull = _launch("backward_q", fixed, q, v, heads, group, of, out, q, k, v, g, o, top, g_lse)
-    of, out = (k_offsets, k.shape[0], q_offsets), (like(k), like(v))
-    dk, dv = _launch("backward_kv", fixed, q, v, kv_heads, group, of, out, q, k, v, g, top, pull)
+    if not fixed.interpret and _hopper.serves(fixed.options, q, k, v):
+        dq, dk, dv, pull = _hopper.differentiate(fixed.options, q, k, v, q_offsets, k_offsets, o, top, g, g_lse)
+    else:
+        queries, keys = rows_of(q_offsets, len(q)), rows_of(k_offsets, len(k))
+        of, out = (queries, keys), (like(q), like(lse))
+        dq, pull = _launch("backward_q", fixed, q, v, heads, group, of, out, q, k, v, g, o, top, g_lse)
+        of, out = (keys, queries), (like(k), like(v))
+        dk, dv = _launch("backward_kv", fixed, q, v, kv_heads, group, of, out, q, k, v, g, top, pull)
     if sinks is None:
         return dq, dk, dv, None
-    used = jnp.arange(q.shape[0]) < q_offsets[-1]
-    each = jnp.where(used, jnp.exp(sinks.astype(jnp.float32)[:, None] - lse) * pull, 0)
+    each = jnp.where(_used(q_offsets, len(q)), jnp.exp(sinks.astype(jnp.float32)[:, None] - lse) * pull, 0)
     return dq, dk, dv, each.sum(-1).astype(sinks.dtype)
 
 

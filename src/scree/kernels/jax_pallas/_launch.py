@@ -18,6 +18,11 @@ def like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
+def numbers_of_32_bits() -> Any:
+    """Where kernels are launched: what they make has 32 bits, whether JAX's 64-bit types are on or off."""
+    return _home.enable_x64(False)
+
+
 def launch(
     kernel: Callable[..., None],
     name: str,
@@ -30,9 +35,9 @@ def launch(
 ) -> Any:
     """Run so many programs of a kernel, which gets references to what is given and to `out`.
 
-    The numbers that a kernel makes have 32 bits, whether JAX's 64-bit types are on or off: nothing given may have more.
+    Nothing given may have more than 32 bits.
     """
-    with _home.enable_x64(False):
+    with numbers_of_32_bits():
         return pl.pallas_call(
             kernel,
             out_shape=out,
