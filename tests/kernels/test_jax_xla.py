@@ -101,6 +101,18 @@ def test_wide_and_narrow_tokens_of_long_rows(jx):
             assert_same_bits(alone, got[203:] if name == "softmax" else got[3:])
 
 
+def test_many_tiles_are_found_by_a_search_where_comparing_them_with_all_rows_would_be_too_much(jx, monkeypatch):
+    from scree.kernels.jax_xla import _tiles
+
+    tiles = _tiles.tiles_of(jx.array(oracle.offsets_of((130, 0, 5, 64)), "int32"), 64)
+    number = jx.module.numpy.arange(7, dtype="int32")  # the last one is no tile
+    compared = tiles.tile(number)
+    monkeypatch.setattr(_tiles, "_COMPARED", 0)
+    for got, want in zip(tiles.tile(number), compared, strict=True):
+        assert_same_bits(jx.to_np(got), jx.to_np(want))
+    assert jx.to_np(compared.row).tolist() == [0, 0, 0, 2, 3, 4, 4]
+
+
 def test_memory_is_of_the_order_of_the_tokens(jx):
     jax = jx.module
 

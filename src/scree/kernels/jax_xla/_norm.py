@@ -9,9 +9,11 @@ the value less its mean (layernorm), or the value (rmsnorm), r = 1 / sqrt(mean(c
 
 where rmsnorm has neither mean(h) nor a bias.
 
-What does not serve on the CPU: XLA's own fusions for all tokens at once, and these sums for all tokens at once, share
-both cores, and round a token's last bit in another way for some numbers of tokens and features; loops over halves of the
-tokens run one after the other; and y written block by block was no faster.
+What does not serve on the CPU: XLA's own sums for all tokens at once share the cores, but have other code below 4096
+elements, and XLA's library (YNNPACK) gets what is made of the sums as well from 4096 tokens on, where a product and a sum
+are rounded twice, and not once; even alone, with more tokens of zeros, they give one lone token another gradient. These
+sums for all tokens at once are held up by memory. Loops over halves of the tokens run one after the other, as they share
+the memory of what is between. And y written block by block was no faster.
 """
 
 from __future__ import annotations

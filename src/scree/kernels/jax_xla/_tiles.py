@@ -7,6 +7,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+_COMPARED = (
+    1 << 16
+)  # pairs of a tile and a row, up to which all are: a search for many is a loop of several kernels a turn
+
 
 class Tile(NamedTuple):
     """One tile: its row, its number in the row, and where it begins along the ragged axis."""
@@ -36,8 +40,10 @@ class Tiles(NamedTuple):
         return self.bounds[-1]
 
     def tile(self, i: Array) -> Tile:
-        """The i-th of them."""
-        row = jnp.searchsorted(self.bounds[1:], i, side="right").astype(i.dtype)
+        """The i-th of them, or the i-th of several i."""
+        rows = self.bounds.shape[0] - 1
+        method = "compare_all" if i.ndim and i.size * rows <= _COMPARED else "scan"
+        row = jnp.searchsorted(self.bounds[1:], i, side="right", method=method).astype(i.dtype)
         number = i - self.bounds[row]
         return Tile(row, number, self.offsets[row] + number * self.size)
 
