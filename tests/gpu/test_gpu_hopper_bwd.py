@@ -147,12 +147,14 @@ def test_rows_beyond_the_last_sequence():
         assert got[:300].any()
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_long_sequences_in_many_programs(causal):
+def test_long_sequences_in_many_programs(causal, kv_heads):
     arr = batch((3000, 1, 2500), (4, 128), torch.bfloat16)
+    k = batch((3000, 1, 2500), (kv_heads, 128), torch.bfloat16, seed=1).values
     do = normal(*arr.values.shape, dtype=torch.bfloat16, seed=3)
-    case = Attention("", dim=128, options={"causal": causal})
-    tensors, offsets = (arr.values, arr.values, arr.values, do, None), (arr.offsets, arr.offsets)
+    case = Attention("", kv_heads=kv_heads, dim=128, options={"causal": causal})
+    tensors, offsets = (arr.values, k, k, do, None), (arr.offsets, arr.offsets)
     for fixed in (True, False):
         got, want = both(case, tensors, offsets, fixed)
         for name, a, b in zip(NAMES, got, want, strict=False):

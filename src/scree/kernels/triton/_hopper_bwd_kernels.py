@@ -106,12 +106,25 @@ def _step(
 
 
 @gluon.jit
-def _place(tiles_ptr, turns_ptr, slots, slots_q, INNER: gl.constexpr):
-    """The head of this program, and its tile: the next one of the sequence that the map has for it."""
+def _place(
+    tiles_ptr, turns_ptr, slots, slots_q, HEADS: gl.constexpr, INNER: gl.constexpr, HALVES: gl.constexpr
+):  # fmt: skip
+    """The head of this program, and its tile: the next one of the sequence that the map has for it.
+
+    With HALVES, the costlier half of the tiles of all heads comes first: otherwise long ones of the last heads start late.
+    """
     program = gl.program_id(0)
+    first = slots * 0
+    count = slots
+    if HALVES:
+        count = slots // 2
+        if program >= count * HEADS:
+            program -= count * HEADS
+            first = count
+            count = slots - count
     outer = program // INNER
-    head = outer // slots * INNER + program % INNER
-    kind, k_start, k_length, q_start, q_length, block, row = _tile(tiles_ptr, outer % slots)
+    head = outer // count * INNER + program % INNER
+    kind, k_start, k_length, q_start, q_length, block, row = _tile(tiles_ptr, first + outer % count)
     if kind == ABSENT:
         k_start = k_start * 0
         k_length = 0
@@ -283,7 +296,9 @@ def _hopper_bwd_kernel(
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], dtype)
     rows_layout: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
-    head, k_start, k_length, q_start, q_length, block, row = _place(tiles_ptr, turns_ptr, slots, slots_q, INNER)
+    head, k_start, k_length, q_start, q_length, block, row = _place(
+        tiles_ptr, turns_ptr, slots, slots_q, HEADS, INNER, SHARED > 1
+    )  # fmt: skip
     begin, middle, end = _steps(block, k_length, q_length, right, BLOCK_M, HAS_RIGHT)
     tile = (head * SHARED * slots_q + q_start // BLOCK_M + row).to(gl.int32)  # of the first head of the group
     dq_sm = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M * D // 2 // LINE, LINE], rows_layout)
