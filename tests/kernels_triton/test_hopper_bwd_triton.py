@@ -43,7 +43,8 @@ def test_the_machine_code(monkeypatch, capfd, causal, fixed):
     code = offline.compiled(found[MAIN], "sm_90")
     assert code.shared <= offline.SHARED["sm_90"]
     turns = "LDG.E.STRONG.GPU"
-    for wanted in ("HGMMA", "UTMALDG", "USETMAXREG", r"UTMAREDG.*ADD", "UTMASTG", turns):
+    counts, early = r"REDG\.E\.ADD\.S32\.STRONG\.GPU", "PREEXIT"
+    for wanted in ("HGMMA", "UTMALDG", "USETMAXREG", r"UTMAREDG.*ADD", "UTMASTG", turns, counts, early):
         assert wanted in code
     for unwanted in (r"\bHMMA\b", r"ATOMG\.E\.ADD\.F32"):
         assert unwanted not in code
@@ -83,6 +84,19 @@ def test_what_runs_before_and_after(monkeypatch):
         code = offline.compiled(found[name], "sm_90")
         assert code.spills == 0
         assert code.loads_wide
+
+
+def test_sums_are_read_when_they_are_known_to_be_there(monkeypatch):
+    launch = launches(monkeypatch, "sm_90", 128)[AFTER]
+    assert dict(launch.options)["launch_pdl"]
+    code = offline.compiled(launch, "sm_90").text
+    order = re.findall(r"ACQBULK|LDG\.E\.STRONG\.GPU|ATOMG|CCTL\.IVALL|LDG\.E\.128", code)
+    # The last program waits in any case; one that does not find all done waits, before the first sum is read.
+    assert order[:4] in (
+        ["ACQBULK", "LDG.E.STRONG.GPU", "CCTL.IVALL", "ACQBULK"],
+        ["ACQBULK", "ATOMG", "CCTL.IVALL", "ACQBULK"],
+    )
+    assert set(order[4:]) == {"LDG.E.128"}
 
 
 @pytest.mark.parametrize(

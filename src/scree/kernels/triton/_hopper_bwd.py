@@ -10,7 +10,6 @@ import torch
 from . import _tiles
 from ._attention_calls import Backward, Given, Grads
 from ._hopper import has_gluon, reaches
-from ._hopper_bwd_dq_kernels import TURNS
 from ._launch import INTERPRETED, Launcher, capability, device_number
 from ._tiles import Kept
 
@@ -81,8 +80,11 @@ def plan(
 ) -> Backward:
     """What writes dQ, dK and dV, and returns delta, for tensors like these.
 
-    dQ is added up in a fixed order only where the options, or PyTorch, say so.
+    dQ is added up in a fixed order only where the options, or PyTorch, say so. Nothing may be launched between the last
+    two kernels: the last one is there before the main one ends, and in part waits for that alone.
     """
+    from ._hopper_bwd_dq_kernels import TURNS  # older Tritons lack what it imports
+
     total, heads, width = q.shape
     kv_heads, step = k.shape[1], CONFIGS[width].step
     q_map = _tiles.of(kept_q, cu_q, cu_k, total, k.shape[0], step, options.left, options.right)
@@ -144,11 +146,14 @@ def _launchers(
         from . import _hopper_bwd_dq_kernels as others
         from ._hopper_bwd_kernels import _hopper_bwd_kernel  # in a language that older Tritons do not have
 
-        around = {"INNER": heads, "D": width, "BLOCK_M": config.step}
+        shared, together = heads // kv_heads, _together(kv_heads, heads // kv_heads, long, ordered)
+        of_before = {"INNER": heads, "D": width, "BLOCK_M": config.step, "DLSE": dlse is not None}
+        # Heads in the order in which the main kernel is done with them.
+        of_after = {"SHARED": shared, "INNER": together * shared, "D": width, "BLOCK_M": config.step, "BLOCK_N": _KEYS}
         constants = {
-            "SHARED": heads // kv_heads,
+            "SHARED": shared,
             "HEADS": kv_heads,
-            "INNER": _together(kv_heads, heads // kv_heads, long, ordered),
+            "INNER": together,
             "D": width,
             "BLOCK_M": config.step,
             "STAGES": config.stages,
@@ -157,8 +162,8 @@ def _launchers(
         }
         flags: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
         found = _LAUNCHERS[facts] = (
-            Launcher(others._hopper_bwd_rows_kernel, device, around | {"DLSE": dlse is not None}, **flags),
+            Launcher(others._hopper_bwd_rows_kernel, device, of_before, **flags),
             Launcher(_hopper_bwd_kernel, device, constants, workspace=True, **flags),
-            Launcher(others._hopper_bwd_dq_kernel, device, around, **flags),
+            Launcher(others._hopper_bwd_dq_kernel, device, of_after, launch_pdl=True, **flags),
         )
     return found

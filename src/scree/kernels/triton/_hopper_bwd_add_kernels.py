@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from ._hopper_bwd_dq_kernels import TURNS
+from ._hopper_bwd_dq_kernels import NEXT, TURNS
 
 LINE = gl.constexpr(256)  # elements of dQ that the copy engine sees as a row
 
@@ -31,8 +31,8 @@ else:
 
 @gluon.jit
 def _take(turns_ptr, sequence, head, slots_q):
-    """Take the next block of keys of a sequence and a head; another integer of some tile of queries counts them."""
-    return gl.atomic_add(turns_ptr + (head * slots_q + sequence) * TURNS + 1, 1, sem="relaxed")
+    """Take the next block of keys of a sequence and a head; an integer of some tile of queries counts them."""
+    return gl.atomic_add(turns_ptr + (head * slots_q + sequence) * TURNS + NEXT, 1, sem="relaxed")
 
 
 @gluon.jit
@@ -73,6 +73,24 @@ def _pass_on(turn_ptr, turn):
             mov.b32 $0, lane;
         }""",
         "=r,l,r", [turn_ptr.to(gl.int64), turn], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _done(done_ptr):
+    """Count this warp, once all that it had added or stored is in memory: then dQ may be rounded."""
+    gl.inline_asm_elementwise(
+        """{
+            .reg .pred first;
+            .reg .b32 lane;
+            cp.async.bulk.wait_group 0;
+            bar.warp.sync 0xffffffff;
+            mov.u32 lane, %laneid;
+            setp.eq.u32 first, lane, 0;
+            @first red.release.gpu.global.add.s32 [$1], 1;
+            mov.b32 $0, lane;
+        }""",
+        "=r,l", [done_ptr.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 

@@ -2,11 +2,14 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from ._attention_fwd_kernels import _tile
 from ._tiles_kernels import ABSENT
 
-TURNS = tl.constexpr(2)  # integers a tile of queries, by which those that add to its dQ take turns
+TURNS = tl.constexpr(4)  # integers a tile of queries; the first says how many have added to its dQ, and of some tile,
+NEXT = tl.constexpr(1)  # for a sequence and a head of keys, this one which block has no program yet,
+DONE = tl.constexpr(2)  # and this one how many warps, two for each block, have added all that they add
 LEAST = tl.constexpr(1e-18)  # of the scale: LSE over it is far from the end of float32
 
 
@@ -68,15 +71,24 @@ def _in_order(x, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit(do_not_specialize=["slots", "scale"])
 def _hopper_bwd_dq_kernel(
     acc_ptr, turns_ptr, tiles_ptr, dq_ptr, stride_dq_t: "i64", stride_dq_h: "i64", slots: "i32", scale: "fp32",
-    INNER: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    SHARED: tl.constexpr, INNER: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ from `acc`; zeros where no block of keys has added to it."""
+    """dQ from `acc`; zeros where no block of keys has added to it.
+
+    Its programs start when the last ones of the main kernel have: what is done already is rounded beside those, and only
+    the rest waits, for the whole kernel, whatever the offsets are.
+    """
     program = tl.program_id(0)
+    if program == tl.num_programs(0) - 1:
+        gdc_wait()  # so that this kernel never ends before the one that it follows
     outer = program // INNER
     head = (outer // slots * INNER + program % INNER).to(tl.int64)
-    kind, q_start, q_length, _, _, block, row = _tile(tiles_ptr, outer % slots)
+    kind, q_start, q_length, _, k_length, block, row = _tile(tiles_ptr, outer % slots)
     if kind == ABSENT:
         return
+    done = tl.atomic_add(turns_ptr + (head // SHARED * slots + row) * TURNS + DONE, 0, sem="acquire")
+    if done < (k_length + BLOCK_N - 1) // BLOCK_N * 2:
+        gdc_wait()
     HALF: tl.constexpr = D // 2
     tile = head * slots + q_start // BLOCK_M + row + block
     local = tl.arange(0, BLOCK_M)

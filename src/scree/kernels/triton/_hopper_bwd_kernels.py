@@ -16,10 +16,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from ._attention_fwd_kernels import _span, _tile
-from ._hopper_bwd_add_kernels import LINE, _add, _take
-from ._hopper_bwd_dq_kernels import _divisor
+from ._hopper_bwd_add_kernels import LINE, _add, _done, _take
+from ._hopper_bwd_dq_kernels import DONE, TURNS, _divisor
 from ._tiles_kernels import ABSENT
 from ._tiles_kernels import ROWS as PRESENT
 
@@ -264,7 +265,7 @@ def _fetch_and_add(
     """The warp that fetches K, TURN 0, or V, 1, and then has every other dQ added."""
     head, block, tile, begin, _m, end = work
     ptr, stride_t, stride_h, start, length = arguments
-    acc_ptr, turns_ptr, slots_q = sums
+    acc_ptr, turns_ptr, done_ptr, slots_q = sums
     dq_sm, dq_full, dq_empty = dq
     if begin < end:
         desc = _describe(ptr, start, length, stride_t, stride_h, HEADS, BLOCK_N, D)
@@ -275,6 +276,8 @@ def _fetch_and_add(
     acc_desc = tma.make_tensor_descriptor(acc_ptr, shape, [LINE, 1], [BLOCK_M * D // 2 // LINE, LINE], layout)
     added = (acc_desc, turns_ptr, tile, slots_q, block, begin, end)
     _add(dq_sm, dq_full, dq_empty, added, TURN, SHARED, D, BLOCK_M, ORDERED)
+    if length > 0:
+        _done(done_ptr)
 
 
 @gluon.jit(do_not_specialize=["slots", "slots_q", "scale", "right"])
@@ -291,6 +294,7 @@ def _hopper_bwd_kernel(
     `rows` is (H, slots_q, 2, BLOCK_M), as `_hopper_bwd_rows_kernel` leaves it, and `turns`, (H, slots_q, TURNS), zeros;
     `acc`, (H, slots_q, BLOCK_M * D), need not be.
     """
+    gdc_launch_dependents()
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
@@ -341,7 +345,7 @@ def _hopper_bwd_kernel(
     outputs = (do_ptr, rows_ptr, stride_do_t, stride_do_h, q_start, q_length, across)
     keys = (k_ptr, stride_k_t, stride_k_h, k_start, k_length)
     values = (v_ptr, stride_v_t, stride_v_h, k_start, k_length)
-    sums = (acc_ptr, turns_ptr, across)
+    sums = (acc_ptr, turns_ptr, turns_ptr + (head * slots_q + row) * TURNS + DONE, across)
     dq = (dq_sm, dq_full, dq_empty)
     multiplied = (
         dk_ptr, dv_ptr, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h, k_start, k_length, q_length, scale, right,
