@@ -347,3 +347,27 @@ def test_computes_nothing_in_float64(th, dtype, monkeypatch):
                 call(a.with_values(values)).sum().backward()
     assert torch.float32 in seen
     assert torch.float64 not in seen
+
+
+@pytest.mark.parametrize("weights", ["float32", "float16"])
+def test_layernorm_of_few_and_of_many_tokens_has_the_same_bits(th, monkeypatch, weights):
+    torch = th.module
+    norm = importlib.import_module("scree.kernels.torch_native._norm")
+    x, grad = (torch.from_numpy(normal((1300, 80), seed).astype(np.float32)) for seed in (0, 1))
+    given = [x, *(torch.from_numpy(normal((80,), seed)).to(getattr(torch, weights)) for seed in (2, 3))]
+    for a in given:
+        a.requires_grad_()
+
+    def results():
+        y = kernels.varlen_layernorm(scree.from_lengths(given[0], [1300]), *given[1:], implementation=NAME).values
+        return [y.detach(), *torch.autograd.grad(y, given, grad)]
+
+    at_once = results()
+    monkeypatch.setattr(norm, "_RECYCLED", 0)
+    monkeypatch.setattr(norm, "_BLOCK", 80 * 400)
+    in_blocks = results()
+    assert [a.dtype for a in in_blocks] == [a.dtype for a in at_once]
+    for a, b in zip(in_blocks[:2], at_once[:2], strict=True):
+        assert_same_bits(th.to_np(a), th.to_np(b))
+    for a, b in zip(in_blocks[2:], at_once[2:], strict=True):  # sums over tokens, which may be added up otherwise
+        np.testing.assert_allclose(th.to_np(a), th.to_np(b), rtol=1e-3, atol=1e-3)

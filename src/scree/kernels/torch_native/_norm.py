@@ -13,10 +13,16 @@ from .._rows import used_only
 from ._common import Operator, empty, wide
 
 _BLOCK = 1 << 19  # elements of a block of tokens: small for the cache, and large beside the cost of waking threads
+_RECYCLED = 1 << 25  # bytes: torch gets less than this from what malloc had before, and pays for no new pages
 
 
 def _step(features: int) -> int:
     return max(2, _BLOCK // max(features, 1))
+
+
+def _at_once(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's kernel may as well go over all tokens: nothing is converted, and its results lie in warm memory."""
+    return x.dtype == dtype and x.numel() * x.element_size() < _RECYCLED
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -88,6 +94,8 @@ def _layernorm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     """y, and mean and 1 / sqrt(var + eps) of each token, (R, 1), for the backward."""
     dtype = _dtype(x, weight, bias)
     w, b = _wide(weight, dtype), _wide(bias, dtype)
+    if _at_once(x, dtype):
+        return torch.native_layer_norm(x, x.shape[1:], w, b, eps)
     out = empty(tuple(x.shape), x.dtype, x.device)
     mean, rstd = (x.new_empty((x.shape[0], 1), dtype=dtype) for _ in range(2))
     step = _step(x.shape[1])
@@ -110,20 +118,24 @@ def _layernorm_bwd(
     """dx, and dw and db where they are asked for: PyTorch's kernel goes over all tokens once more for them."""
     dtype = _dtype(x, weight, bias)
     w, b = _wide(weight, dtype), _wide(bias, dtype)
-    dx = empty(tuple(x.shape), x.dtype, x.device)
     dw = x.new_zeros(x.shape[1] if of_weight else 0, dtype=dtype)
     db = x.new_zeros(x.shape[1] if of_bias else 0, dtype=dtype)
     wanted = [True, of_weight, of_bias]
-    step = _step(x.shape[1])
-    for t in range(0, x.shape[0], step):
-        some = slice(t, t + step)
-        part, g = x[some].to(dtype), grad[some].to(dtype)
-        found = torch.ops.aten.native_layer_norm_backward(g, part, x.shape[1:], mean[some], rstd[some], w, b, wanted)
-        dx[some], d_w, d_b = found
-        if of_weight:
-            dw += d_w
-        if of_bias:
-            db += d_b
+    backward = torch.ops.aten.native_layer_norm_backward
+    if _at_once(x, dtype):
+        dx, d_w, d_b = backward(grad, x, x.shape[1:], mean, rstd, w, b, wanted)
+        dw, db = d_w if of_weight else dw, d_b if of_bias else db
+    else:
+        dx = empty(tuple(x.shape), x.dtype, x.device)
+        step = _step(x.shape[1])
+        for t in range(0, x.shape[0], step):
+            some = slice(t, t + step)
+            part, g = x[some].to(dtype), grad[some].to(dtype)
+            dx[some], d_w, d_b = backward(g, part, x.shape[1:], mean[some], rstd[some], w, b, wanted)
+            if of_weight:
+                dw += d_w
+            if of_bias:
+                db += d_b
     return dx, dw if weight is None else dw.to(weight.dtype), db if bias is None else db.to(bias.dtype)
 
 
