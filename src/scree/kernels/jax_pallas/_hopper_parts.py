@@ -26,11 +26,8 @@ from ._launch import numbers_of_32_bits
 
 TILE, HALF, STAGES = 128, 64, 2
 PART = 64  # columns that the copy engine and the products have in one piece
-ROWS, COLUMNS = (
-    plgpu.Layout.WGMMA.reduce(1),
-    plgpu.Layout.WGMMA.reduce(0),
-)  # a number for each row of a product, or column
 _LAYOUT = plgpu.Layout.WGMMA
+ROWS, COLUMNS = _LAYOUT.reduce(1), _LAYOUT.reduce(0)  # a number for each row of a product, or column
 _COMPUTE, _FETCH = 232, 40  # registers of a thread
 ACC = plgpu.WGMMAAccumulatorRef
 run_state: Any = pl.run_state  # whose types lose that an accumulator comes out as an array

@@ -27,10 +27,7 @@ _Limits = tuple[int | None, int | None]
 _CAUSAL: _Limits = (None, 0)
 _LINE = 64  # bytes
 _QUERIES = 512  # of a span with a mask, whose memory is this times the keys
-_SPANS = (
-    64,
-    96,
-)  # queries of a span of a causal row: where there is much to compute for a query, and where there is little
+_SPANS = (64, 96)  # queries of a span of a causal row: where a query takes much to compute, and where it takes little
 _MUCH = 256  # heads times their features and exponentials, for every thread
 _EXPONENTIAL = 32  # features that take as long as the exponential of a score
 _SPLIT_MAX = 1024  # tokens of a row that is cut into spans
