@@ -1,9 +1,11 @@
-"""How the suite compares: the table of tolerances, bit equality, and errors by their text."""
+"""How the suite compares: the table of tolerances, bit equality, structure, and errors by their text."""
 
 import contextlib
 
 import numpy as np
 import pytest
+
+import scree
 
 # Of each dtype: the spacing of its values at 1 (one rounding errs by half of it), and what arithmetic in float32
 # (float64 for float64) leaves beside that when sums have tens of terms of size 1.
@@ -47,6 +49,19 @@ def same_bits(a, b):
 def assert_same_bits(a, b):
     """Require equal shape, dtype and bits, and show both when they are not."""
     assert same_bits(a, b), f"bits differ:\n{np.asarray(a)!r}\n{np.asarray(b)!r}"
+
+
+def values_of(xp, op, arr):
+    """Return the values that an op gives for an Array, which must keep its structure."""
+
+    def run(values):
+        out = op(arr.with_values(values))
+        assert isinstance(out, scree.Array)
+        assert out.offsets is arr.offsets
+        assert out.ragged_dim == arr.ragged_dim
+        return out.values
+
+    return xp.run(run, arr.values)
 
 
 @contextlib.contextmanager

@@ -5,9 +5,8 @@ import pytest
 
 import cases
 import oracle
-import scree
 from cases import LENGTHS, batch, host_offsets, normal, wide, with_spare
-from expect import assert_close, assert_same_bits
+from expect import assert_close, assert_same_bits, values_of
 from scree import kernels
 
 OPS = ("varlen_rope",)
@@ -40,14 +39,8 @@ def call(arr, cos, sin, implementation, **options):
 
 def check(xp, arr, cos, sin, dtype, implementation, start=(None, None), interleaved=False):
     """Compare with the oracle."""
-
-    def run(values):
-        out = call(arr.with_values(values), cos, sin, implementation, interleaved=interleaved, start=start[0])
-        assert isinstance(out, scree.Array)
-        assert out.offsets is arr.offsets
-        return out.values
-
-    out = xp.run(run, arr.values)
+    options = {"interleaved": interleaved, "start": start[0]}
+    out = values_of(xp, lambda a: call(a, cos, sin, implementation, **options), arr)
     assert xp.dtype_of(out) == dtype
     want = oracle.rope(
         wide(xp, arr), host_offsets(xp, arr), wide(xp, cos), wide(xp, sin), interleaved=interleaved, start=start[1]

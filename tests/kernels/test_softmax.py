@@ -7,7 +7,7 @@ import cases
 import oracle
 import scree
 from cases import LENGTHS, batch, host_offsets, normal, wide, with_spare
-from expect import assert_close, assert_same_bits
+from expect import assert_close, assert_same_bits, values_of
 from scree import kernels
 
 OPS = ("varlen_softmax",)
@@ -27,15 +27,7 @@ def expected(xp, arr):
 
 def check(xp, arr, dtype, implementation):
     """Compare with the oracle."""
-
-    def run(values):
-        out = call(arr.with_values(values), implementation)
-        assert isinstance(out, scree.Array)
-        assert out.offsets is arr.offsets
-        assert out.ragged_dim == arr.ragged_dim
-        return out.values
-
-    out = xp.run(run, arr.values)
+    out = values_of(xp, lambda a: call(a, implementation), arr)
     assert xp.dtype_of(out) == dtype
     assert_close(wide(xp, out), expected(xp, arr), dtype)
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array as Dense
 
-from ..jax_xla._tiles import tiles_of
+from ..jax_xla._tiles import row_of, tiles_of
 from ._kernels import Sides
 
-_COMPARED = 1 << 26  # comparisons, up to which they are faster than a search in steps
+_COMPARED = 1 << 26  # pairs of a tile and a row, up to which a GPU compares all
 
 
 class Rows(NamedTuple):
@@ -41,9 +41,7 @@ class Rows(NamedTuple):
 
     def of(self, bounds: Dense, number: Dense) -> Dense:
         """The row in which each of these numbers lies, of rows that begin and end at `bounds`."""
-        method = "compare_all" if number.size * self.all <= _COMPARED else "scan"
-        row = jnp.searchsorted(bounds[1:], number, side="right", method=method).astype(bounds.dtype)
-        return jnp.minimum(row, self.all - 1)
+        return jnp.minimum(row_of(bounds, number, _COMPARED), self.all - 1)
 
 
 def rows_of(offsets: Dense, total: int) -> Rows:

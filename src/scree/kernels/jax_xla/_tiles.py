@@ -7,9 +7,17 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-_COMPARED = (
-    1 << 16
-)  # pairs of a tile and a row, up to which all are: a search for many is a loop of several kernels a turn
+_COMPARED = 1 << 16  # pairs of a tile and a row, up to which the CPU compares all
+
+
+def row_of(bounds: Array, number: Array, compared: int) -> Array:
+    """The row in which each number lies, of rows that begin and end at `bounds`; behind the last, how many rows there are.
+
+    For several numbers a search is a loop of several kernels a turn: up to so many pairs, all are compared instead.
+    """
+    rows = bounds.shape[0] - 1
+    method = "compare_all" if number.ndim and number.size * rows <= compared else "scan"
+    return jnp.searchsorted(bounds[1:], number, side="right", method=method).astype(bounds.dtype)
 
 
 class Tile(NamedTuple):
@@ -41,9 +49,7 @@ class Tiles(NamedTuple):
 
     def tile(self, i: Array) -> Tile:
         """The i-th of them, or the i-th of several i."""
-        rows = self.bounds.shape[0] - 1
-        method = "compare_all" if i.ndim and i.size * rows <= _COMPARED else "scan"
-        row = jnp.searchsorted(self.bounds[1:], i, side="right", method=method).astype(i.dtype)
+        row = row_of(self.bounds, i, _COMPARED).astype(i.dtype)
         number = i - self.bounds[row]
         return Tile(row, number, self.offsets[row] + number * self.size)
 
