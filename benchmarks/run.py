@@ -18,6 +18,7 @@ import cuda_table
 import data_table
 import huggingface_table
 import measure
+import summary
 
 DEVICE = "cpu-2-cores"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -92,11 +93,18 @@ def main() -> None:
 
 def page() -> str:
     """Write the page of the documentation: every saved part, by the file that it is in."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(measure.RESULTS.glob("*.json"))}
     lines = [
         "# Benchmarks",
         "",
         "Made by `python benchmarks/run.py` from `benchmarks/results/`: every contender in the same run, in turn, its",
-        "result compared with ours first. The goal for a row above 1 ms is at most 1.05 of the fastest contender that is",
+        "result compared with ours first.",
+        "",
+        *summary.summary(results),
+        "",
+        "## How to read the tables",
+        "",
+        "The goal for a row above 1 ms is at most 1.05 of the fastest contender that is",
         "not compiled, and below 1 ms at most 10 us over it, checks included. The copy floor is the time to copy as many",
         "bytes as the result holds, in memory that is warm.",
         "",
@@ -105,9 +113,9 @@ def page() -> str:
         "of a copy. A step is forward and backward. New lengths come at every call, and have as much to compute as those",
         "that are repeated, or at most 5 in 100 more.",
     ]
-    for path in sorted(measure.RESULTS.glob("*.json")):
-        for part, measured in json.loads(path.read_text()).items():
-            lines += ["", f"## {part}: {path.stem}", "", TABLES[part](measured)]
+    for name, parts in results.items():
+        for part, measured in parts.items():
+            lines += ["", f"## {part}: {name}", "", TABLES[part](measured)]
     return "\n".join(lines) + "\n"
 
 

@@ -19,7 +19,7 @@ def run(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    for name in ("measure", "bench_data", "cuda_table", "data_table", "huggingface_table"):
+    for name in ("measure", "bench_data", "cuda_table", "data_table", "huggingface_table", "summary"):
         sys.modules.pop(name, None)
 
 
@@ -115,3 +115,36 @@ def test_the_table_says_when_a_goal_is_missed(run):
     assert "| met |" in drawn(2.09, 2.0)
     assert "| missed |" in drawn(2.11, 2.0)
     assert "numba rows" in drawn(2.0, 2.0)
+
+
+def test_the_summary_names_the_mean_the_worst_and_what_is_slower(run):
+    def row(op, work, impl, ms, **others):
+        return {"op": op, "framework": "numpy", "work": work, "impl": impl, "ms": ms, "compiled": False} | others
+
+    rows = []
+    for op, work, ours, peer in (("sum", "a", 1.0, 4.0), ("max", "b", 2.0, 2.0), ("rope", "c", 0.3, 0.1)):
+        rows += [row(op, work, "floor", 0.01), row(op, work, "scree", ours), row(op, work, "scree, option", 0.02)]
+        rows += [
+            row(op, work, "by hand", peer),
+            row(op, work, "slow", 9.0),
+            row(op, work, "numba", 0.01, compiled=True),
+        ]
+    model = {"op": "forward", "work": "w", "tokens": 100, "leaks": False}
+    models = [
+        model | {"impl": "scree packed", "ms": 10.0, "places": 100},
+        model | {"impl": "padded sdpa", "ms": 40.0, "places": 300},
+        model | {"impl": "sorted", "ms": 20.0, "places": 150},
+        model | {"impl": "leaky", "ms": 5.0, "places": 100, "leaks": True},
+        {"op": "collate", "work": "c", "impl": "ours", "ms": 1.0},
+    ]
+    text = "\n".join(run.summary.summary({"box": {"cpu": {"rows": rows}, "huggingface": {"rows": models}}}))
+    assert "no longer in 2 of 3 workloads. In the mean it is slower in norms, rope (3.00; numpy, [cpu: box](#cpu-box))." in text
+    assert "| numpy | softmax, reductions | 2 | 2 | **0.50** | 0.25 | 1.00, +0.0 us: max, b |" in text
+    assert "| numpy | norms, rope | 1 | 0 | **3.00** | 3.00 | 3.00, +200.0 us: rope, c |" in text
+    assert "[huggingface: box](#huggingface-box) | forward, w | 3.00 | **4.00** | 2.00 (sorted) |" in text
+
+
+def test_an_operation_that_the_summary_does_not_know_is_an_error(run):
+    rows = [{"op": "sort", "work": "a", "impl": impl, "ms": 1.0} for impl in ("scree", "by hand")]
+    with pytest.raises(ValueError, match="'sort'"):
+        run.summary.summary({"box": {"cpu": {"rows": rows}}})
