@@ -73,6 +73,11 @@ def test_no_command_shows_the_commands():
     assert "doctor" in done.output
 
 
+def test_the_short_name_of_help():
+    assert scree_("bench", "-h").output == scree_("bench", "--help").output
+    assert scree_("-h").exit_code == 0
+
+
 def test_as_a_module():
     done = subprocess.run([sys.executable, "-m", "scree", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"scree {scree.__version__}\n"

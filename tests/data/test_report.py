@@ -119,6 +119,14 @@ def test_every_kind_of_file(kind, tmp_path):
     assert f"{pairs:,}" in text
 
 
+def test_a_token_has_the_bytes_of_all_its_features(tmp_path):
+    arr = scree.from_lengths(np.zeros((3, 5, 2), np.float32), [1, 2])
+    suffixes = [".safetensors", ".npz", *([".arrow", ".parquet"] if importlib.util.find_spec("pyarrow") else [])]
+    for suffix in suffixes:
+        scree.data.save(tmp_path / f"a{suffix}", {"x": arr})
+        assert "padding, 40 each, as the data has them" in report(tmp_path / f"a{suffix}").output
+
+
 def test_lengths_on_standard_input(tmp_path):
     done = report("-", "--capacity", 8, "--bytes", 1000, "--output", "a.html", stdin="3 10\n1 0 7\n7\n")
     assert done.exit_code == 0, done.output

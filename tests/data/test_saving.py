@@ -316,6 +316,11 @@ def test_a_corpus_that_is_cut_short_or_replaced_while_it_is_open(suffix, tmp_pat
         Corpus(path)
 
 
+def test_a_corpus_is_no_parquet(tmp_path):
+    with raises(ValueError, "Corpus: ", "a.parquet' is Parquet", "needs one of .safetensors, .npz and .arrow"):
+        Corpus(tmp_path / "a.parquet")
+
+
 def test_an_open_corpus_holds_one_file(tmp_path):
     here = Path("/proc/self/fd")
     if not here.is_dir():

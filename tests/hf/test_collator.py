@@ -2,6 +2,7 @@
 
 import importlib.util
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +18,13 @@ FEATURES = [{"input_ids": row} for row in ROWS]
 
 def collate(features, **options):
     return collator(return_tensors="np", **options)(features)
+
+
+def test_without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with raises(ImportError, "scree.hf.collator: needs torch, which cannot be imported", 'pip install "scree[hf]"'):
+        collator()(FEATURES)
+    assert collate(FEATURES)["input_ids"].shape == (1, 8)
 
 
 def assert_same(ours, theirs):

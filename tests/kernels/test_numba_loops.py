@@ -184,7 +184,9 @@ def test_without_numba_it_says_so_and_is_passed_over(monkeypatch):
     monkeypatch.setitem(_dispatch._INSTALLED, "numba", False)
     a = arr_of((7, 3), (4,))
     assert_same_bits(CALLS["sum"](a), CALLS["sum"](a, implementation="numpy_blas"))
-    with raises(NotImplementedError, "varlen_reduce", "numba: needs numba, which is not installed"):
+    with raises(
+        NotImplementedError, "varlen_reduce", 'numba: needs numba, which is not installed: pip install "scree[numba]"'
+    ):
         CALLS["sum"](a, implementation=NAME)
 
 

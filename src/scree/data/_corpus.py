@@ -50,6 +50,11 @@ class Corpus:
     def __init__(self, path: str | os.PathLike[str], fields: Iterable[str] | None = None) -> None:
         self._path = Path(path).absolute()
         self._wanted = fields if fields is None or isinstance(fields, str) else list(fields)
+        if self._path.suffix.lower() == ".parquet":
+            raise ValueError(
+                f"Corpus: '{path}' is Parquet, which is decoded and cannot be mapped; needs one of .safetensors, .npz "
+                "and .arrow: load reads it, and save writes it"
+            )
         before = self._path.stat() if self._path.is_file() else None
         found = load(path, mmap=True, fields=self._wanted)
         self._single = isinstance(found, Array)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -90,7 +91,9 @@ def _of_own(path: Path, column: str | None) -> Lengths:
     fields: dict[str, Any] = {"": found} if isinstance(found, Array) else found
     arrays = {name: field for name, field in fields.items() if isinstance(field, Array)}
     arr = arrays[_chosen(path, column, arrays, arrays)]
-    return Lengths(np.diff(arr.offsets).astype(np.int64), "tokens", arr.dtype.itemsize, 0)
+    return Lengths(
+        np.diff(arr.offsets).astype(np.int64), "tokens", arr.dtype.itemsize * math.prod(arr.feature_shape), 0
+    )
 
 
 def _of_jsonl(path: Path, column: str | None, drop_nulls: bool) -> Lengths:
@@ -245,8 +248,10 @@ def _sort(pa: Any, kind: Any) -> str:
 
 def _unit(pa: Any, path: Path, column: str, kind: Any) -> tuple[str, int]:
     if _is_list(pa, kind):
-        item = kind.value_type
-        return "tokens", max(item.bit_width // 8, 1) if pa.types.is_primitive(item) else 8
+        item, width = kind.value_type, 1
+        while pa.types.is_fixed_size_list(item):
+            item, width = item.value_type, width * item.list_size
+        return "tokens", width * (max(item.bit_width // 8, 1) if pa.types.is_primitive(item) else 8)
     if _is_text(pa, kind) or (pa.types.is_dictionary(kind) and _is_text(pa, kind.value_type)):
         return "characters", 1
     if pa.types.is_integer(kind):

@@ -14,6 +14,7 @@ from .. import _check, _offsets
 from .._array import Array
 from .._backends import find_backend
 from .._backends._protocol import HostArray, HostInts
+from ..bridges._handover import library
 
 _OP = "scree.hf.collator"
 _IGNORED = -100  # the label that transformers' losses leave out
@@ -224,9 +225,7 @@ class Collator:
 def _tensors(kind: str) -> Any:
     """The function that makes a host array what the caller wants."""
     if kind == "pt":
-        import torch
-
-        return torch.from_numpy
+        return library(_OP, "torch", "hf").from_numpy
     if kind == "np":
         return np.asarray
     raise ValueError(f"return_tensors: got {kind!r}; needs 'pt' or 'np'")

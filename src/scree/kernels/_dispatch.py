@@ -32,6 +32,8 @@ class Impl(NamedTuple):
         The frameworks, kinds of device and dtypes it serves; None serves all.
     requires : str, optional
         A package beyond the framework, without which it is not here.
+    install : str, optional
+        What pip installs that package with, where it is an extra of scree.
     on_request : bool
         It is never chosen, and serves only where it is asked for by name.
     not_run : tuple of str
@@ -44,6 +46,7 @@ class Impl(NamedTuple):
     devices: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] | None = None
     requires: str | None = None
+    install: str | None = None
     on_request: bool = False
     not_run: tuple[str, ...] = ()
 
@@ -52,7 +55,14 @@ _TORCH_NATIVE = Impl(
     "torch_native", ".torch_native", backends=("torch",), devices=("cpu", "mps", "xpu"), not_run=("mps", "xpu")
 )
 _NUMPY_BLAS = Impl("numpy_blas", ".numpy_blas", backends=("numpy",))
-_NUMBA = Impl("numba", ".numba_loops", backends=("numpy",), dtypes=("float16", "float32", "float64"), requires="numba")
+_NUMBA = Impl(
+    "numba",
+    ".numba_loops",
+    backends=("numpy",),
+    dtypes=("float16", "float32", "float64"),
+    requires="numba",
+    install="scree[numba]",
+)
 _JAX_XLA = Impl("jax_xla", ".jax_xla", backends=("jax",), not_run=("tpu",))
 _JAX_PALLAS = Impl(
     "jax_pallas", ".jax_pallas", ("jax",), ("gpu", "cuda", "unknown"), ("float16", "bfloat16", "float32")
@@ -206,7 +216,8 @@ def mismatch(impl: Impl, arr: Array) -> str | None:
         if served is not None and got not in served
     ]
     if not against and impl.requires is not None and not _INSTALLED[impl.requires]:
-        against.append(f"needs {impl.requires}, which is not installed")
+        how = f': pip install "{impl.install}"' if impl.install else ""
+        against.append(f"needs {impl.requires}, which is not installed{how}")
     return " and ".join(against) or None
 
 
