@@ -80,6 +80,17 @@ def unpack(arr: Array) -> list[Dense]:
     list of array, each (..., n_i, ...)
         Views of ``arr.values`` where the framework has them (NumPy, PyTorch, CuPy), differentiable. Where the offsets
         are on a device, they are copied to the host, once for all Arrays that share them.
+
+    Raises
+    ------
+    NotImplementedError
+        The offsets are traced by a compiler or a transformation.
+
+    Examples
+    --------
+    >>> import numpy as np, scree
+    >>> scree.unpack(scree.from_lengths(np.arange(4), [1, 3]))
+    [array([0]), array([1, 2, 3])]
     """
     expect_array("unpack", arr)
     return arr._rows("unpack")
@@ -97,6 +108,25 @@ def from_cu_seqlens(values: Dense, cu_seqlens: Dense, max_length: int | None = N
     max_length : int, optional
         The longest sequence, or an upper bound, where the caller knows it: saves finding it on the device. Becomes
         ``arr.max_length``. Below the truth it is an error where the host sees the offsets.
+
+    Returns
+    -------
+    Array
+        With `ragged_dim` 0, on the very same memory.
+
+    Raises
+    ------
+    ValueError
+        `cu_seqlens` is not 1-D, or where the host sees it, does not start at 0, falls, or does not end at T;
+        `max_length` is too small.
+    TypeError
+        `cu_seqlens` is a list, not of integers, or of another framework than `values`.
+
+    Examples
+    --------
+    >>> import numpy as np, scree
+    >>> scree.from_cu_seqlens(np.zeros((6, 2)), np.array([0, 2, 6]), max_length=4)
+    scree.Array(batch_size=2, total_length=6, feature_shape=(2,), dtype=float64)
     """
     if isinstance(cu_seqlens, (list, tuple)):
         raise TypeError("cu_seqlens: got a list; needs an array of the framework of values, which is kept as it is")
@@ -121,6 +151,24 @@ def from_lengths(values: Dense, lengths: Sequence[int] | Dense) -> Array:
     lengths : list of int, or array of (B,), integer
         Zero or more each, T in all. A NumPy array serves every framework; the framework's own is used on its device
         without waiting for it, so that its sum is checked by `Array.validate` only.
+
+    Returns
+    -------
+    Array
+        With `ragged_dim` 0, and fresh offsets on the device of `values`: int32 where T fits and int64 beyond.
+
+    Raises
+    ------
+    ValueError
+        A length is negative, or they do not sum to T.
+    TypeError
+        `lengths` is not of integers, or of another framework than `values`.
+
+    Examples
+    --------
+    >>> import numpy as np, scree
+    >>> scree.from_lengths(np.arange(4), [1, 0, 3])[2]
+    array([1, 2, 3])
     """
     xp = _check.dense(values, "values")
     dim = _check.axis(0, values.ndim)
@@ -161,6 +209,21 @@ def concat(arrays: Iterable[Array], dim: Literal["batch", "ragged"] = "batch") -
     -------
     Array
         With fresh values, differentiable in each input.
+
+    Raises
+    ------
+    ValueError
+        The list is empty, or the feature shapes, devices, `ragged_dim` or, row by row, batch sizes differ; the message
+        names the index of the odd one.
+    TypeError
+        The frameworks or dtypes differ, or an entry is no Array.
+
+    Examples
+    --------
+    >>> import numpy as np, scree
+    >>> a, b = scree.from_lengths(np.arange(3), [1, 2]), scree.from_lengths(np.arange(10, 12), [1, 1])
+    >>> scree.concat([a, b], dim="ragged").values
+    array([ 0, 10,  1,  2, 11])
     """
     if dim not in ("batch", "ragged"):
         raise ValueError(f"concat: dim is {dim!r}; needs 'batch' or 'ragged'")
@@ -281,7 +344,7 @@ def with_capacity(arr: Array, batch_size: int, total_length: int) -> Array:
     Raises
     ------
     ValueError
-        `arr` does not fit.
+        `arr` does not fit; the message says what it takes.
     """
     expect_array("with_capacity", arr)
     rows, total = _check.whole(batch_size, "batch_size"), _check.whole(total_length, "total_length")

@@ -41,9 +41,24 @@ def to_padded(
     mask : array of (B, N), bool
         True at the tokens.
 
+    Raises
+    ------
+    ValueError
+        `side` is another word, `max_length` is below the longest sequence, or the dtype cannot hold `fill_value`.
+    NotImplementedError
+        The offsets are traced, and `max_length` is not given.
+
     Notes
     -----
-    Without `max_length` offsets on a device are copied to the host, once for all Arrays that share them.
+    Both results are fresh. Without `max_length` offsets on a device are copied to the host, once for all Arrays that
+    share them.
+
+    Examples
+    --------
+    >>> import numpy as np, scree
+    >>> padded, mask = scree.to_padded(scree.from_lengths(np.array([1, 2, 3]), [1, 2]), side="left")
+    >>> padded.tolist(), mask.tolist()
+    ([[0, 1], [2, 3]], [[False, True], [True, True]])
     """
     expect_array("to_padded", arr)
     _check_side("to_padded", side)
@@ -100,6 +115,15 @@ def from_padded(
     -------
     Array
         With fresh values (T, *features), differentiable in `padded`.
+
+    Raises
+    ------
+    ValueError
+        `mask` is not (B, N), or holds what is neither 0 nor 1; or the lengths do not fit into `padded`.
+    TypeError
+        Both of `mask` and `lengths` are given, or neither; or one is of another framework than `padded`.
+    NotImplementedError
+        `mask` is traced.
 
     Notes
     -----

@@ -122,6 +122,13 @@ def varlen_attention(
     Vaswani et al., "Attention Is All You Need", 2017, eq. 1. Dao, "FlashAttention-2", 2023 (LSE). Gemma Team,
     "Gemma 2", 2024, section 2 (softcap). Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
     2023.
+
+    Examples
+    --------
+    >>> import numpy as np, scree
+    >>> x = scree.from_lengths(np.ones((5, 2, 8), np.float32), [2, 3])  # two sequences, two heads
+    >>> scree.kernels.varlen_attention(x, x, x, causal=True)
+    scree.Array(batch_size=2, total_length=5, feature_shape=(2, 8), dtype=float32)
     """
     # A float that equals an integer is no integer: of a window, as of a start below, the types count.
     given = (causal, scale, softcap, return_lse, deterministic, implementation)
@@ -177,6 +184,11 @@ def varlen_layernorm(
     Array of (T, ..., M)
         In the dtype of `arr`, on the same offsets object.
 
+    Raises
+    ------
+    ValueError, TypeError, NotImplementedError
+        As `varlen_attention`.
+
     Notes
     -----
     Arithmetic is in float32 or wider. Differentiable in `arr`, `weight` and `bias`.
@@ -215,6 +227,11 @@ def varlen_rmsnorm(
     Array of (T, ..., M)
         In the dtype of `arr`, on the same offsets object.
 
+    Raises
+    ------
+    ValueError, TypeError, NotImplementedError
+        As `varlen_attention`.
+
     Notes
     -----
     Arithmetic is in float32 or wider. Differentiable in `arr` and `weight`.
@@ -249,6 +266,11 @@ def varlen_softmax(arr: Array, *, implementation: str | None = None) -> Array:
     Array
         In the shape and dtype of `arr`, on the same offsets object; empty where a sequence is empty.
 
+    Raises
+    ------
+    ValueError, TypeError, NotImplementedError
+        As `varlen_attention`.
+
     Notes
     -----
     Arithmetic is in float32 or wider. Differentiable.
@@ -277,9 +299,20 @@ def varlen_reduce(arr: Array, op: Reduction, *, implementation: str | None = Non
         In the dtype of `arr`; an integer sum wraps where that dtype does. Of an empty sequence: sum 0, mean NaN, max
         -inf, min +inf, logsumexp -inf; for integers the smallest and the largest value of the dtype.
 
+    Raises
+    ------
+    ValueError, TypeError, NotImplementedError
+        As `varlen_attention`.
+
     Notes
     -----
     Arithmetic on floating values is in float32 or wider. Differentiable.
+
+    Examples
+    --------
+    >>> import numpy as np, scree
+    >>> scree.kernels.varlen_reduce(scree.from_lengths(np.arange(5.0), [2, 0, 3]), "sum")
+    array([1., 0., 9.])
     """
     key, call = recall("varlen_reduce", (arr,), (), (op, implementation))
     if call is None:
@@ -324,6 +357,11 @@ def varlen_rope(
     -------
     Array of (T, ..., D)
         In the dtype of `arr`, on the same offsets object.
+
+    Raises
+    ------
+    ValueError, TypeError, NotImplementedError
+        As `varlen_attention`.
 
     Notes
     -----
