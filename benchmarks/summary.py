@@ -106,7 +106,7 @@ def _kind(op: str) -> str:
     for kind, words in KINDS.items():
         if op.startswith(words):
             return kind
-    raise ValueError(f"{op!r} is of no kind of {list(KINDS)}")
+    raise ValueError(f"operation {op!r} is of no kind of {list(KINDS)}; add it to KINDS in benchmarks/summary.py")
 
 
 def _together(pairs: list[Pair]) -> list[tuple[str, str, float, list[Pair]]]:

@@ -10,7 +10,7 @@ import torch
 import zoo
 
 from expect import raises
-from scree.hf import _attention
+from scree.hf import _attention, register
 
 pytestmark = pytest.mark.hf
 
@@ -105,6 +105,7 @@ def test_a_trainer_s_losses(tmp_path):
 def test_dropout_is_refused():
     import transformers
 
+    register()
     options = zoo.CAUSAL["llama"].options | {"attention_dropout": 0.1}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
     model.set_attn_implementation("scree")

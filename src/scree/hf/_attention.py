@@ -90,7 +90,7 @@ def attention(
     if dropout:
         raise refusal(
             f"attention dropout ({dropout} in {type(module).__name__})",
-            "set the config's attention_dropout or attention_probs_dropout_prob to 0, or call model.eval()",
+            "set the config's attention_dropout (BERT: attention_probs_dropout_prob; GPT-2: attn_pdrop) to 0, or call model.eval()",
         )
     _look_at(module, others)
     packed = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
