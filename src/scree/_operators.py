@@ -14,8 +14,10 @@ from ._backends import Dense
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ._array import Array
 
-def _elementwise(operation: Callable[[Any, Any], Any], reflected: bool = False) -> Callable[[Any, Any], Any]:
+
+def _elementwise(operation: Callable[[Any, Any], Any], reflected: bool = False) -> Callable[[Any, Any], Array]:
     def method(self: Any, other: Any) -> Any:
         operand = _operand(self, other)
         if operand is NotImplemented:

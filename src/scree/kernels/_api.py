@@ -41,7 +41,22 @@ def varlen_attention(
     window_size: Window = ...,
     softcap: float | None = ...,
     sinks: Dense | None = ...,
-    return_lse: bool,
+    return_lse: Literal[True],
+    deterministic: bool = ...,
+    implementation: str | None = ...,
+) -> tuple[Array, Array]: ...
+@overload
+def varlen_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = ...,
+    *,
+    scale: float | None = ...,
+    window_size: Window = ...,
+    softcap: float | None = ...,
+    sinks: Dense | None = ...,
+    return_lse: bool = ...,
     deterministic: bool = ...,
     implementation: str | None = ...,
 ) -> tuple[Array, Array] | Array: ...
