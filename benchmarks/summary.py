@@ -21,6 +21,8 @@ KINDS = {
 }
 """What the operations are called together, by how their names begin; the first that fits."""
 
+MODELS = "huggingface"
+"""The part that has whole models."""
 FRAMEWORK = {"cuda": "torch"}
 """The framework of the parts whose rows do not name one."""
 
@@ -40,21 +42,25 @@ class Pair(NamedTuple):
         return self.ours / self.peer
 
 
+class Group(NamedTuple):
+    """The workloads of one framework and kind that were measured together."""
+
+    title: str  # a link to their table
+    on: str  # the file of results
+    mean: float  # of the ratios, geometric
+    pairs: list[Pair]
+
+    @property
+    def n_no_slower(self) -> int:
+        """On how many of them scree takes no longer."""
+        return sum(pair.ratio <= 1 for pair in self.pairs)
+
+
 def summary(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     """Draw the lines of the summary from the parts of every file of results, by the file's name."""
-    parts = [(name, part, measured["rows"]) for name, found in results.items() for part, measured in found.items()]
-    groups = [
-        (_link(name, part), *group)
-        for name, part, rows in parts
-        if part != "huggingface"
-        for group in _together(_pairs(rows, FRAMEWORK.get(part, "")))
-    ]
-    pairs = [pair for *_, group in groups for pair in group]
-    slower = [
-        f"{kind} ({mean:.2f}; {f'{framework}, ' * bool(framework)}{where})"
-        for where, framework, kind, mean, _ in groups
-        if mean > 1
-    ]
+    groups = [group for name, parts in results.items() for group in _groups(name, parts)]
+    n_no_slower, n = sum(group.n_no_slower for group in groups), sum(len(group.pairs) for group in groups)
+    slower = [f"{group.title} on {group.on} ({group.mean:.2f})" for group in groups if group.mean > 1]
     lines = [
         "## In short",
         "",
@@ -62,30 +68,38 @@ def summary(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
         "faster**. The mean is geometric; the worst workload stands there by name, with the time that it loses or gains. What",
         "a call without options chooses is counted, and every peer but those that the tables list as compiled.",
         "",
-        f"scree takes no longer in {sum(pair.ratio <= 1 for pair in pairs)} of {len(pairs)} workloads. In the mean it is slower in "
-        f"{'; '.join(slower) or 'none of these'}.",
-        "",
-        "| measured on | framework | what | workloads | no slower | mean | best | worst |",
-        "|---|---|---|---|---|---|---|---|",
+        f"scree takes no longer in {n_no_slower} of {n} workloads. In the mean it is slower in "
+        f"{', '.join(slower) or 'none of these'}.",
     ]
-    lines += [_line(*group) for group in groups]
+    for name in results:
+        lines += ["", f"| on {name} | mean | no slower | worst |", "|---|---|---|---|"]
+        lines += [_line(group) for group in groups if group.on == name]
     lines += [
         "",
         f"Whole models of Hugging Face transformers, packed, beside the usual way (`{huggingface_table.BASE}`) and beside the fastest",
         "other way in which no sequence sees another. Padding is the places of the padded batches over the tokens: about what",
         "there is to win. `scree report` tells how much it is in your own data; where it is nearly 1, stay with what you have.",
         "",
-        "| measured on | what | padding | times as fast as padded | times as fast as the fastest other |",
-        "|---|---|---|---|---|",
+        "| model | padding | times as fast as padded | times as fast as the fastest other |",
+        "|---|---|---|---|",
     ]
-    for name, part, rows in parts:
-        if part == "huggingface":
-            lines += _models(_link(name, part), rows)
+    for name, parts in results.items():
+        lines += _models(name, parts.get(MODELS, {"rows": []})["rows"])
     return lines
 
 
-def _link(name: str, part: str) -> str:
-    return f"[{part}: {name}](#{part}-{name})"
+def _groups(name: str, parts: dict[str, dict[str, Any]]) -> list[Group]:
+    """Return what is measured in a file of results, but the models, as it first comes there."""
+    found: dict[str, list[Pair]] = {}
+    for part, measured in parts.items():
+        if part != MODELS:
+            for pair in _pairs(measured["rows"], FRAMEWORK.get(part, "")):
+                what = f"{pair.kind}, {pair.framework}" if pair.framework else pair.kind
+                found.setdefault(f"[{what}](#{part}-{name})", []).append(pair)
+    return [
+        Group(title, name, math.exp(sum(math.log(pair.ratio) for pair in pairs) / len(pairs)), pairs)
+        for title, pairs in found.items()
+    ]
 
 
 def _pairs(rows: list[dict[str, Any]], framework_of_all: str) -> list[Pair]:
@@ -109,27 +123,15 @@ def _kind(op: str) -> str:
     raise ValueError(f"operation {op!r} is of no kind of {list(KINDS)}; add it to KINDS in benchmarks/summary.py")
 
 
-def _together(pairs: list[Pair]) -> list[tuple[str, str, float, list[Pair]]]:
-    """Return framework, kind, mean ratio and workloads of each kind, as they first come."""
-    found: dict[tuple[str, str], list[Pair]] = {}
-    for pair in pairs:
-        found.setdefault((pair.framework, pair.kind), []).append(pair)
-    return [
-        (framework, kind, math.exp(sum(math.log(pair.ratio) for pair in group) / len(group)), group)
-        for (framework, kind), group in found.items()
-    ]
-
-
-def _line(where: str, framework: str, kind: str, mean: float, group: list[Pair]) -> str:
-    best, worst = min(group, key=lambda pair: pair.ratio), max(group, key=lambda pair: pair.ratio)
-    n_met = sum(pair.ratio <= 1 for pair in group)
+def _line(group: Group) -> str:
+    worst = max(group.pairs, key=lambda pair: pair.ratio)
     return (
-        f"| {where} | {framework} | {kind} | {len(group)} | {n_met} | **{mean:.2f}** | {best.ratio:.2f} | "
+        f"| {group.title} | **{group.mean:.2f}** | {group.n_no_slower} of {len(group.pairs)} | "
         f"{worst.ratio:.2f}, {_time(worst.ours - worst.peer)}: {worst.name} |"
     )
 
 
-def _models(where: str, rows: list[dict[str, Any]]) -> list[str]:
+def _models(name: str, rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     models = [row for row in rows if row["op"] != huggingface_table.COLLATE]
     for (work, op), group in groupby(models, lambda row: (row["work"], row["op"])):
@@ -139,7 +141,7 @@ def _models(where: str, rows: list[dict[str, Any]]) -> list[str]:
         others = [row for row in timed if not row["impl"].startswith("scree") and not row["leaks"]]
         other = min(others, key=lambda row: row["ms"])
         lines.append(
-            f"| {where} | {op}, {work} | {base['places'] / ours['tokens']:.2f} | **{base['ms'] / ours['ms']:.2f}** | "
+            f"| [{op}, {work}](#{MODELS}-{name}), {name} | {base['places'] / ours['tokens']:.2f} | **{base['ms'] / ours['ms']:.2f}** | "
             f"{other['ms'] / ours['ms']:.2f} ({other['impl']}) |"
         )
     return lines

@@ -139,12 +139,12 @@ def test_the_summary_names_the_mean_the_worst_and_what_is_slower(run):
     ]
     text = "\n".join(run.summary.summary({"box": {"cpu": {"rows": rows}, "huggingface": {"rows": models}}}))
     assert (
-        "no longer in 2 of 3 workloads. In the mean it is slower in norms, rope (3.00; numpy, [cpu: box](#cpu-box))."
+        "no longer in 2 of 3 workloads. In the mean it is slower in [norms, rope, numpy](#cpu-box) on box (3.00)."
         in text
     )
-    assert "| numpy | softmax, reductions | 2 | 2 | **0.50** | 0.25 | 1.00, +0.0 us: max, b |" in text
-    assert "| numpy | norms, rope | 1 | 0 | **3.00** | 3.00 | 3.00, +200.0 us: rope, c |" in text
-    assert "[huggingface: box](#huggingface-box) | forward, w | 3.00 | **4.00** | 2.00 (sorted) |" in text
+    assert "| [softmax, reductions, numpy](#cpu-box) | **0.50** | 2 of 2 | 1.00, +0.0 us: max, b |" in text
+    assert "| [norms, rope, numpy](#cpu-box) | **3.00** | 0 of 1 | 3.00, +200.0 us: rope, c |" in text
+    assert "| [forward, w](#huggingface-box), box | 3.00 | **4.00** | 2.00 (sorted) |" in text
 
 
 def test_an_operation_that_the_summary_does_not_know_is_an_error(run):
