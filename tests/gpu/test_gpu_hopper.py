@@ -19,8 +19,9 @@ pytestmark = pytest.mark.gpu
 
 HALF = (torch.float16, torch.bfloat16)
 # Tiles of 128 rows and steps of 128 keys: below, at and beyond each, and more tiles than there are multiprocessors.
-EDGES = (127, 0, 128, 129, 255, 1, 256, 257, 513, 0)
-KEY_EDGES = (3, 130, 257, 129, 0, 512, 128, 700, 384, 0)
+# Half a block of keys is enough, or not, where 64 or 65 are left.
+EDGES = (127, 0, 128, 129, 255, 1, 256, 257, 513, 0, 64, 65, 191, 192, 193)
+KEY_EDGES = (3, 130, 257, 129, 0, 512, 128, 700, 384, 0, 65, 192, 320, 193, 64)
 MANY = tuple(37 * i % 900 for i in range(150))
 WIDE = tuple(
     dataclasses.replace(case, dim=width, v_dim=width, lengths=EDGES, key_lengths=keys)

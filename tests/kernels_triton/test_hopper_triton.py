@@ -43,6 +43,7 @@ def assembly(monkeypatch, tmp_path):
             "HEADS": 8, "SHARED": 2, "INNER": 2, "D": width, "D_V": width,
             "BLOCK_N": config.step, "TILES": config.tiles, "STAGES": config.stages,
             "HAS_LEFT": False, "HAS_RIGHT": False, "SOFTCAP": False, "SCALED": False, "SINKS": False, "LSE": True,
+            "BRIEF": config.brief,
         } | flags  # fmt: skip
         signature, aligned = {}, {}
         for i, name in enumerate(kernel.arg_names):
@@ -76,4 +77,7 @@ def test_the_machine_code(assembly, capfd, width, dtype, flags):
     spills = len(re.findall(r"\bSTL\b", code))
     assert spills <= (8 if flags.get("HAS_LEFT") else 0), "registers spill"
     assert not re.search(r"\bHMMA\b", code)
+    # Of the first block, also half may be multiplied by the queries: keys are read as they lie, values across.
+    half = [x for x in re.findall(r"HGMMA\.64x64x16\S* [^;]*;", code) if "tnsp" not in x]
+    assert bool(half) == (width == 64)
     assert "serialized" not in "".join(capfd.readouterr())

@@ -78,6 +78,22 @@ def _sums(p):
 
 
 @gluon.jit
+def _approximate(INSTRUCTION: gl.constexpr, x):
+    """1 / x or log2(x) by one instruction, to 22 bits, where x is neither near 0 nor near the largest number."""
+    return gl.inline_asm_elementwise(INSTRUCTION + " $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _widened(p, like):
+    """The columns of p, then zeros, in the shape and the layout of `like`, which is twice as wide."""
+    layout: gl.constexpr = gl.reshape(like, [like.shape[0], 2, like.shape[1] // 2]).type.layout
+    half = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    p = gl.expand_dims(gl.convert_layout(p, gl.SliceLayout(1, layout)), 1)
+    p = gl.where(gl.expand_dims(gl.expand_dims(half, 0), 2) == 0, p, 0.0)
+    return gl.convert_layout(gl.reshape(p, like.shape), like.type.layout)
+
+
+@gluon.jit
 def _scores(
     s, at, low, high, scale, softcap,
     SOFTCAP: gl.constexpr, SCALED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
@@ -115,6 +131,29 @@ def _probabilities(s, top, scale, PLAIN: gl.constexpr):
 
 
 @gluon.jit
+def _first(
+    q, k, p, top, total, k_empty, at, low, high, scale, softcap,
+    WIDTH: gl.constexpr, HAS_LEFT: gl.constexpr, SOFTCAP: gl.constexpr, SCALED: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """(p, top, total) after the block that comes first, of whose keys no row sees any from WIDTH on.
+
+    Given are those after no block. What is not computed would add zeros, so the bits do not depend on WIDTH.
+    """
+    row_layout: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    s = gl.zeros([ROWS, WIDTH], gl.float32, layout=LAYOUT)
+    s = warpgroup_mma(q, k.slice(0, WIDTH).permute((1, 0)), s, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    mbarrier.arrive(k_empty, count=1)
+    low = gl.convert_layout(low, row_layout)
+    s = _scores(s, at, low, gl.convert_layout(high, row_layout), scale, softcap, SOFTCAP, SCALED, HAS_LEFT, True)
+    new_p, _, new_top = _probabilities(s, gl.convert_layout(top, row_layout), scale, not (SOFTCAP or SCALED))
+    new_total = gl.convert_layout(_sums(new_p), total.type.layout)
+    if WIDTH != p.shape[1]:
+        new_p = _widened(new_p, p)
+    return new_p, gl.convert_layout(new_top, top.type.layout), new_total
+
+
+@gluon.jit
 def _step(
     o, p, top, total, q, k_sm, v_sm, k_full, k_empty, v_full, v_empty, count, at, low, high, scale, softcap,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, SCALED: gl.constexpr,
@@ -147,7 +186,7 @@ def _multiply(
     memory, barriers, arguments,
     GROUP: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    SOFTCAP: gl.constexpr, SCALED: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
+    SOFTCAP: gl.constexpr, SCALED: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr, BRIEF: gl.constexpr,
 ):  # fmt: skip
     """One of the warpgroups that multiply: rows ``64 * GROUP`` to ``64 * GROUP + 64`` of every tile."""
     q_sm, k_sm, v_sm, o_sm, tile_sm = memory
@@ -155,6 +194,9 @@ def _multiply(
     o_desc, sinks_ptr, lse_ptr, stride_o_h, total_q, scale, softcap, left, right = arguments
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
+    )
+    half_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N // 2, 16]
     )
     o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D_V, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
@@ -183,17 +225,27 @@ def _multiply(
 
         stage = count % STAGES
         mbarrier.wait(k_full.index(stage), count // STAGES & 1)
-        s = warpgroup_mma(
-            q, k_sm.index(stage).reshape([BLOCK_N, D]).permute((1, 0)),
-            gl.zeros([ROWS, BLOCK_N], gl.float32, layout=s_layout), use_acc=False, is_async=True,
-        )  # fmt: skip
-        s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(k_empty.index(stage), count=1)
+        k = k_sm.index(stage).reshape([BLOCK_N, D])
         last = begin + (steps - 1) * BLOCK_N
-        s = _scores(s, last, low, high, scale, softcap, SOFTCAP, SCALED, HAS_LEFT, True)
+        p = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=s_layout)
         top = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, s_layout))
-        p, _, top = _probabilities(s, top, scale, not (SOFTCAP or SCALED))
         total = _sums(p)
+        seen = last + BLOCK_N
+        if BRIEF:
+            seen = k_length
+            if HAS_RIGHT:
+                behind = gl.minimum(block * BLOCK_M + (GROUP + 1) * ROWS, q_length)
+                seen = gl.minimum(seen, behind + (k_length - q_length + right))
+        if seen - last > BLOCK_N // 2:
+            p, top, total = _first(
+                q, k, p, top, total, k_empty.index(stage), last, low, high, scale, softcap,
+                BLOCK_N, HAS_LEFT, SOFTCAP, SCALED, s_layout,
+            )  # fmt: skip
+        else:
+            p, top, total = _first(
+                q, k, p, top, total, k_empty.index(stage), last, low, high, scale, softcap,
+                BLOCK_N // 2, HAS_LEFT, SOFTCAP, SCALED, half_layout,
+            )  # fmt: skip
         p = gl.convert_layout(p.to(q.dtype), p_layout)
         o = gl.zeros([ROWS, D_V], gl.float32, layout=o_layout)
         count += 1
@@ -241,8 +293,13 @@ def _multiply(
             total = total * rescale + gl.exp2(sink - finite)
             top = new_top
         none = total == 0
-        rescale = rescale / gl.where(none, 1.0, total)
-        lse = (gl.where(none, 0.0, top) + gl.log2(gl.where(none, 1.0, total))) * LN2
+        total = gl.where(none, 1.0, total)
+        if BRIEF:
+            rescale = rescale * _approximate("rcp.approx.ftz.f32", total)
+            lse = (gl.where(none, 0.0, top) + _approximate("lg2.approx.ftz.f32", total)) * LN2
+        else:
+            rescale = rescale / total
+            lse = (gl.where(none, 0.0, top) + gl.log2(total)) * LN2
         lse = gl.where(none, float("-inf"), lse)
         lse = gl.where(kind == SPARE, 0.0, lse)
         if LSE:
@@ -276,8 +333,11 @@ def _copy(
     index = gl.program_id(0)
     while index < slots * HEADS:
         outer = index // INNER
-        head = outer // slots * INNER + index % INNER
-        kind, q_from, q_length, k_from, k_length, block, _row = _tile(tiles_ptr, outer % slots)
+        head = index % INNER
+        if INNER != HEADS:
+            head += outer // slots * INNER
+            outer = outer % slots
+        kind, q_from, q_length, k_from, k_length, block, _row = _tile(tiles_ptr, outer)
         if kind != ABSENT:
             slot = turn % TILES
             q_start = q_from.to(gl.int32)
@@ -330,7 +390,7 @@ def _hopper_fwd_kernel(
     left: "i32", right: "i32",
     HEADS: gl.constexpr, SHARED: gl.constexpr, INNER: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    SOFTCAP: gl.constexpr, SCALED: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
+    SOFTCAP: gl.constexpr, SCALED: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr, BRIEF: gl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys, last block first; the LSE in `lse` (H, T)."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -368,11 +428,11 @@ def _hopper_fwd_kernel(
     gl.warp_specialize([
         (_multiply, (
             memory, barriers, multiplied, 0, D, D_V, BLOCK_N, TILES, STAGES,
-            HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, LSE,
+            HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, LSE, BRIEF,
         )),
         (_multiply, (
             memory, barriers, multiplied, 1, D, D_V, BLOCK_N, TILES, STAGES,
-            HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, LSE,
+            HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, LSE, BRIEF,
         )),
         (_copy, (memory, barriers, copied, HEADS, SHARED, INNER, BLOCK_N, TILES, STAGES, HAS_LEFT, HAS_RIGHT)),
     ], [4, 1], [240, 24])  # fmt: skip
