@@ -41,11 +41,12 @@ def test_unary(xp, op):
     np.testing.assert_array_equal(xp.to_np(got.values), op(xp.to_np(arr.values)))
 
 
-def test_numpy_scalars_do_not_take_the_array_apart():
-    arr = scree.Array(np.arange(4.0), np.array([0, 1, 4]))
-    for got in (np.float64(2) * arr, arr * np.float64(2), np.float32(2) * arr):
+def test_numpy_scalars_do_not_take_the_array_apart(xp):
+    arr = scree.Array(xp.array(np.arange(4.0), "float32"), xp.array(np.array([0, 1, 4]), "int32"))
+    for got in (np.float64(2) * arr, arr * np.float64(2), np.float32(2) * arr, np.int64(2) * arr):
         assert isinstance(got, scree.Array)
-        np.testing.assert_array_equal(got.values, [0, 2, 4, 6])
+        np.testing.assert_array_equal(xp.to_np(got.values), [0, 2, 4, 6])
+    np.testing.assert_array_equal(xp.to_np((np.float32(2) > arr).values), [True, True, False, False])
 
 
 def test_equal_structure_is_by_value(xp):

@@ -259,6 +259,25 @@ def test_from_padded_with_lengths_nobody_knows(xp, side):
     assert not values[arr.total_length :].any()
 
 
+@pytest.mark.parametrize("offsets_dtype", ["int8", "int16", "int64", "uint8", "uint16", "uint32", "uint64"])
+@pytest.mark.parametrize("side", SIDES)
+def test_to_padded_with_offsets_of_any_integer_dtype(xp, offsets_dtype, side):
+    arr = make(xp)
+    host = xp.to_np(arr.offsets).astype(offsets_dtype)
+    try:
+        same = scree.Array(arr.values, xp.array(host, offsets_dtype))
+    except TypeError as refused:
+        assert xp.name == "torch"
+        assert offsets_dtype.startswith("uint"), refused
+        return
+    for width in (None, 6, 300):
+        if width is not None or xp.name != "jax":
+            run = xp.run if xp.name == "jax" else lambda fn, arr: fn(arr)
+            got = run(lambda arr, width=width: scree.to_padded(arr, side=side, max_length=width), same)
+            for mine, want in zip(got, scree.to_padded(arr, side=side, max_length=width), strict=True):
+                np.testing.assert_array_equal(xp.to_np(mine), xp.to_np(want))
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_a_row_that_is_too_long_for_traced_offsets_is_not_a_number(xp, side):
     arr = make(xp, lengths=(1, 3, 2))

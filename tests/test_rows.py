@@ -74,6 +74,8 @@ def test_bad_row_indices(xp):
     for index in ([0, 5], [-6], np.array([9]), xp.array([0, 7], "int32")):
         with raises(IndexError, 5):
             arr[index]
+    with raises(IndexError, "mask", "()"):
+        arr[xp.array(np.array(True), "bool")]  # one bool is no row number, though PyTorch would make it one
     for index in ("a", 1.0, None, [0.5], np.array([0.0]), [[0, 1]], np.zeros((2, 2), int), {}):
         with pytest.raises((TypeError, IndexError, ValueError)) as caught:
             arr[index]

@@ -291,7 +291,7 @@ class Array(Operators):
             if step == 1:
                 return self._span(host, start, max(start, stop))
             return self._chosen(host, np.arange(start, stop, step))
-        if hasattr(key, "__index__") and not isinstance(key, (bool, np.bool_)) and getattr(key, "ndim", 0) == 0:
+        if _rows.is_number(key):
             row = _rows.number(operator.index(key), self.batch_size)
             return self._between(int(host[row]), int(host[row + 1]))
         return self._chosen(host, _rows.numbers(key, self.batch_size))

@@ -118,8 +118,7 @@ def counts(mask: HostArray) -> HostInts:
 
 def padding_index(xp: Backend, offsets: Dense, n: int, total: int, side: str) -> tuple[Dense, Dense]:
     """Where each padded place comes from in the values, and whether it does: two (B, n), on the device of offsets."""
-    if total + n >= 2**31:
-        offsets = xp.astype(offsets, "int64")
+    offsets = _offsets.wide(xp, offsets, total + n)
     places = xp.arange(n, offsets)[None, :]
     starts, stops = offsets[:-1][:, None], offsets[1:][:, None]
     index = starts + places if side == "right" else stops - n + places

@@ -77,6 +77,13 @@ def signed(offsets: HostInts) -> HostInts:
     return offsets if offsets.dtype == np.int32 or offsets.dtype == np.int64 else offsets.astype(np.int64)
 
 
+def wide(xp: Backend, offsets: Dense, end: int) -> Dense:
+    """The same offsets, on any device, as integers that hold every number from -`end` to `end`."""
+    if end >= _INT32_END:
+        return xp.astype(offsets, "int64")
+    return offsets if xp.dtype_name(offsets) in ("int32", "int64") else xp.astype(offsets, "int32")
+
+
 def gather_index(starts: HostInts, offsets: HostInts) -> HostInts:
     """For every token of rows that begin at `starts` in a source: its place there. (T,)."""
     lengths = np.diff(offsets)

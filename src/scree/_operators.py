@@ -31,6 +31,8 @@ def _operand(arr: Any, other: Any) -> Any:
     """What stands beside ``arr.values`` in the operation: a scalar, or the values of an Array of equal structure."""
     if isinstance(other, Operators):
         return _values_beside(arr, other)
+    if isinstance(other, np.generic) and not hasattr(arr.values, "__array_priority__"):
+        return other.item()  # NumPy's scalar on the left would make a NumPy array of the values
     if isinstance(other, (bool, int, float, complex, np.generic)):
         return other
     if getattr(other, "shape", None) == () and _backends.find_backend(other) is arr._xp:

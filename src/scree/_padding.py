@@ -86,7 +86,8 @@ def to_padded(
     index, mask = _layout.padding_index(xp, arr.offsets, width, arr.total_length, side)
     padded = _layout.pad_device(xp, values, index, mask, fill)
     if host is None and _check.is_floating(xp.dtype_name(values)):
-        too_long = (arr.lengths > width).reshape(-1, *(1 for _ in padded.shape[1:]))
+        lengths = _offsets.wide(xp, arr.lengths, width)
+        too_long = (lengths > width).reshape(-1, *(1 for _ in padded.shape[1:]))
         padded = xp.where(too_long, xp.full((), float("nan"), values), padded)
     return padded, mask
 

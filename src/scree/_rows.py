@@ -10,6 +10,16 @@ from . import _backends, _check
 from ._backends._protocol import HostInts
 
 
+def is_number(key: Any) -> bool:
+    """Whether an index is one integer. A single bool is none, also where it would pass for one."""
+    if type(key) is int:
+        return True
+    if not hasattr(key, "__index__") or isinstance(key, (bool, np.bool_)) or getattr(key, "ndim", 0) != 0:
+        return False
+    xp = _backends.find_backend(key)
+    return xp is None or xp.dtype_name(key) != "bool"
+
+
 def number(row: int, batch_size: int) -> int:
     """Return a row number counted from the front, or raise IndexError."""
     if not -batch_size <= row < batch_size:
