@@ -49,10 +49,10 @@ def check(xp, arr, cos, sin, dtype, implementation, start=(None, None), interlea
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("table_dtype", ["float32", "same"])
+@pytest.mark.parametrize("table_dtype", ["float32", "same", "float16"])
 def test_oracle(xp, floating, implementation, interleaved, table_dtype):
     arr = batch(xp, LENGTHS, (2, 6), floating)
-    cos, sin = tables(xp, dtype=floating if table_dtype == "same" else "float32")
+    cos, sin = tables(xp, dtype=floating if table_dtype == "same" else table_dtype)
     check(xp, arr, cos, sin, floating, implementation, interleaved=interleaved)
 
 

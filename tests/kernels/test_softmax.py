@@ -32,7 +32,7 @@ def check(xp, arr, dtype, implementation):
     assert_close(wide(xp, out), expected(xp, arr), dtype)
 
 
-@pytest.mark.parametrize("features", [(), (6,)])
+@pytest.mark.parametrize("features", [(), (6,), (2, 0)])
 def test_oracle(xp, floating, implementation, features):
     check(xp, batch(xp, LENGTHS, features, floating), floating, implementation)
 

@@ -9,6 +9,7 @@ import numpy as np
 from ..._array import Array
 from ..._backends._protocol import HostArray
 from .._rows import places
+from ._common import wide
 
 _BLOCK = 1 << 17  # elements of a block of tokens
 
@@ -33,7 +34,7 @@ def varlen_rope(arr: Array, cos: HostArray, sin: HostArray, *, interleaved: bool
     values = arr.values
     if not values.size:
         return arr
-    dtype: Any = np.result_type(np.float32, values.dtype, cos.dtype, sin.dtype)
+    dtype: Any = np.result_type(*map(wide, (values, cos, sin)))
     x = values.reshape(len(values), -1, values.shape[-1])
     at = places(arr._host_offsets("varlen_rope"), start)
     inside = (at >= 0) & (at < len(cos))

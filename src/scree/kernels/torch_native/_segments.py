@@ -39,6 +39,8 @@ def _each(
     out = empty(tuple(x.shape), dtype, x.device)
     used = int(bounds[-1])
     out[used:] = 0
+    if not x.shape[1]:
+        return out
     if dtype != inner and not alone_in_halves:
         alone = None
     if alone is not None and (numbers := long_rows(bounds, x.shape[1])):
