@@ -82,6 +82,11 @@ def test_position_ids_errors(xp):
     for bad in (0.5, "1", None):
         with raises((TypeError, ValueError), "start"):
             scree.position_ids(arr, start=bad)
+    last = 2**31 - 9
+    assert xp.to_np(scree.position_ids(arr, start=last))[-1] == last + 4
+    for bad in (last + 1, 2**31, -(2**31) - 1, [0, 0, 0, 2**31, 0], [0, 0, 0, 0, 2**31 - 1]):
+        with raises(ValueError, "start", last):
+            scree.position_ids(arr, start=bad)
     with raises(TypeError, "segment_ids"):
         scree.segment_ids(arr.values)
     with raises(TypeError, "position_ids"):

@@ -115,6 +115,12 @@ def test_pack_says_what_the_odd_row_is(xp):
         scree.pack([good, xp.array(np.zeros((2, 4)))])
 
 
+def test_pack_rows_of_two_byte_orders():
+    arr = scree.pack([np.ones(2, "<f4"), np.ones(1, ">f4")])
+    assert arr.dtype == np.dtype("<f4")
+    np.testing.assert_array_equal(arr.values, [1, 1, 1])
+
+
 @pytest.mark.parametrize("ragged_dim", [2, -3, 5])
 def test_pack_refuses_an_axis_that_is_not_there(xp, ragged_dim):
     with raises(ValueError, "ragged_dim", ragged_dim):
@@ -222,6 +228,8 @@ def test_from_lengths_errors(xp):
 
     bad([4, 4], 8, 9)
     bad([5, 5], 10, 9)
+    with raises(ValueError, "lengths", 2**64 + 9, 9):  # which is 9 where int64 begins anew
+        scree.from_lengths(values, np.array([2**63 - 1, 2**63 - 1, 11]))
     # Where the lengths are not looked at, validate() sees the offset that falls.
     bad([5, -1, 5], *((-1,) if xp.checks_at_construction else ("offsets[2]", 4)))
     with raises(ValueError, "lengths", "(1, 1)"):

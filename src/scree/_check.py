@@ -128,8 +128,11 @@ def host_lengths(lengths: HostArray, total: int | None) -> HostInts:
     if lengths.size and lengths.min() < 0:
         i = int((lengths < 0).argmax())
         raise ValueError(f"lengths[{i}]: got {lengths[i]}; needs 0 or more")
-    if total is not None and (got := int(lengths.sum(dtype=np.int64))) != total:
-        raise ValueError(f"lengths: they sum to {got}; needs {total}, the size of the ragged axis of values")
+    if total is not None:
+        got = int(lengths.sum(dtype=np.int64))
+        if got != total or (lengths.size and lengths.max() > total):  # beyond int64 a sum begins anew below 0
+            got = sum(map(int, lengths))
+            raise ValueError(f"lengths: they sum to {got}; needs {total}, the size of the ragged axis of values")
     return lengths
 
 
@@ -176,14 +179,26 @@ def at_least(name: str, got: int, bound: int, what: str) -> None:
         raise ValueError(f"{name}: got {got}; needs at least {bound}, {what}")
 
 
-def starts(name: str, xp: Backend, start: Any, offsets: Dense) -> int | Dense:
-    """Return the first position of all rows as an int, or of each row as an integer array (B,) beside `offsets`."""
-    if find_backend(start) is None and not isinstance(start, (list, tuple)):
-        return whole(start, name)
-    if getattr(start, "ndim", 1) == 0:
-        return whole(start, name)
+def _within(name: str, start: int, end: int) -> None:
+    if not -(2**31) <= start <= end:
+        raise ValueError(f"{name}: got {start}; needs {-(2**31)} to {end}, so that positions do not wrap")
+
+
+def starts(name: str, xp: Backend, start: Any, offsets: Dense, total: int = 0) -> int | Dense:
+    """Return the first position of all rows as an int, or of each row as an integer array (B,) beside `offsets`.
+
+    Those that are known on the host must leave room for `total` more in int32, or in int64 where `total` is beyond it.
+    """
+    end = (2**31 if total < 2**31 else 2**63) - max(total, 1)
+    if getattr(start, "ndim", 0) == 0 and not isinstance(start, (list, tuple)):
+        number = whole(start, name)
+        _within(name, number, end)
+        return number
     if isinstance(start, (list, tuple, np.ndarray)):
         host = host_ints(cast("list[Any]", start), name)
+        if total and host.size:
+            _within(name, int(host.min()), end)
+            _within(name, int(host.max()), end)
         start = xp.asarray(host.astype(np.int32 if not host.size or abs(host).max() < 2**31 else np.int64), offsets)
     same_framework(xp, start, name, "the Array")
     integers(xp, start, name)

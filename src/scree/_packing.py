@@ -312,7 +312,7 @@ def position_ids(arr: Array, start: int | Sequence[int] | Dense = 0) -> Dense:
     """
     expect_array("position_ids", arr)
     positions = _per_token(arr, _offsets.host_position_ids, _offsets.position_ids)
-    begin = _check.starts("position_ids: start", arr._xp, start, arr.offsets)
+    begin = _check.starts("position_ids: start", arr._xp, start, arr.offsets, arr.total_length)
     if isinstance(begin, int) and begin == 0:
         return positions
     return _offsets.shifted_positions(arr._xp, positions, arr.offsets, begin, spare=arr._structure.spare)

@@ -65,6 +65,14 @@ def test_the_same_as_without_numba(name):
 
 
 @needs_numba
+@pytest.mark.parametrize("name", CALLS)
+def test_foreign_byte_order(name):
+    a = arr_of((3, 0, 2), (5,))
+    b = a.map(lambda x: x.astype(">f4"))
+    np.testing.assert_array_equal(CALLS[name](b, implementation=NAME), CALLS[name](a, implementation=NAME))
+
+
+@needs_numba
 @pytest.mark.parametrize("features", [(), (64,)], ids=str)
 def test_a_long_sum_is_no_long_row_of_additions(features):
     a = arr_of((200_000,), features).map(lambda x: np.abs(x) + 1)

@@ -43,6 +43,17 @@ def test_a_row_alone_at_many_sizes(name, features):
         assert_same_bits(CALLS[name](scree.pack([row])), out[place])
 
 
+@pytest.mark.parametrize("implementation", [NAME, "reference"])
+@pytest.mark.parametrize("dtype", ["f4", "f8", "i4"])
+@pytest.mark.parametrize("op", ["sum", "max"])
+def test_foreign_byte_order(op, dtype, implementation):
+    for features in ((), (33,)):
+        a = arr_of((3, 0, 2), features).map(lambda x: (8 * x).astype(dtype))
+        b = a.map(lambda x: x.astype(x.dtype.newbyteorder()))
+        want, got = (kernels.varlen_reduce(x, op, implementation=implementation) for x in (a, b))
+        np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("lengths", [(1, 33, 17, 33, 5, 17), (200, 97, 200, 31), (800, 3, 520)], ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 16), (4, 2, 5), (3, 3, 64)])
 @pytest.mark.parametrize("options", [{"causal": True}, {"window_size": (40, 3)}, {"softcap": 2.0}], ids=str)

@@ -40,7 +40,7 @@ def sizes(arrays: Sequence[Dense], axis: int) -> HostInts:
 
 
 def concat(arrays: Sequence[Dense], axis: int, sizes: HostInts | None = None) -> Dense:
-    return np.concatenate(arrays, axis=axis, dtype=arrays[0].dtype, casting="no")
+    return np.concatenate(arrays, axis=axis, dtype=arrays[0].dtype, casting="equiv")  # only the byte order may differ
 
 
 def take(x: Dense, index: Dense, axis: int) -> Dense:
@@ -88,7 +88,7 @@ def tanh(x: Dense) -> Dense:
 
 
 def sum(x: Dense, axis: int, keepdims: bool = False) -> Dense:
-    return np.sum(x, axis=axis, keepdims=keepdims, dtype=x.dtype)
+    return np.sum(x, axis=axis, keepdims=keepdims, dtype=x.dtype.type)  # in native byte order
 
 
 def max(x: Dense, axis: int, keepdims: bool = False) -> Dense:

@@ -222,8 +222,8 @@ def to_mlx(arr: Array) -> Array:
         lent = _lent(x)
         if _memory(lent) != _CPU or name == "float64":
             lent = _on_host("to_mlx", x)
-        # Without the dtype MLX narrows float64 in silence; with it, it takes no bfloat16 of NumPy.
-        return mx.array(lent, dtype=dtype) if name == "float64" else mx.array(lent)
+        # Without the dtype MLX narrows float64 in silence; with it, it takes no bfloat16 and no negative strides.
+        return mx.array(readable(lent), dtype=dtype) if name == "float64" else mx.array(lent)
 
     return _moved("to_mlx", "mlx", arr, bring)
 

@@ -14,6 +14,7 @@ from ..._layout import moved_to_front
 from .._options import AttentionOptions
 from .._rows import used_only
 from ..numpy_blas import by_blocks
+from ..numpy_blas._common import wide
 from . import _loops
 
 _INF = float("inf")
@@ -35,11 +36,11 @@ def _weigh(s: HostArray, top: HostArray) -> HostArray:
 def reduce(arr: Array, op: str) -> HostArray:
     """(B, *features)."""
     x = moved_to_front(arr._xp, arr.values, arr.ragged_dim)
-    flat = np.ascontiguousarray(x.reshape(x.shape[0], math.prod(arr.feature_shape)))
+    flat = np.ascontiguousarray(x.reshape(x.shape[0], math.prod(arr.feature_shape)), wide(x))
     offsets = arr._host_offsets("varlen_reduce").astype(np.int64, copy=False)
     with np.errstate(invalid="ignore", divide="ignore"):  # of 0 / 0 and log(0), which are what they should be
         out = _reduced(flat, offsets, op)
-    return out.reshape(arr.batch_size, *arr.feature_shape)
+    return out.reshape(arr.batch_size, *arr.feature_shape).astype(x.dtype, copy=False)
 
 
 def _reduced(x: HostArray, offsets: HostArray, op: str) -> HostArray:
@@ -74,7 +75,7 @@ def _tokens(arr: Array, weights: tuple[HostArray | None, ...]) -> tuple[HostArra
     """The values as (R, M) and what to multiply and to add, (M,) each; all in the widest of their dtypes."""
     x = used_only(arr, arr.values)
     features = x.shape[-1]
-    dtype: Any = np.result_type(np.float32, x.dtype, *(w.dtype for w in weights if w is not None))
+    dtype: Any = np.result_type(*(wide(y) for y in (x, *weights) if y is not None))
     flat = x.reshape(-1, features) if x.size else x.reshape(0, features)
     vectors = [
         np.full(features, neutral, dtype) if w is None else np.ascontiguousarray(w, dtype)
@@ -109,7 +110,7 @@ def rope(arr: Array, cos: HostArray, sin: HostArray, interleaved: bool, start: i
     values = arr.values
     if not values.size:
         return arr
-    dtype: Any = np.result_type(np.float32, values.dtype, cos.dtype, sin.dtype)
+    dtype: Any = np.result_type(*map(wide, (values, cos, sin)))
     x = np.ascontiguousarray(values.reshape(len(values), -1, values.shape[-1]), dtype)
     offsets = arr._host_offsets("varlen_rope").astype(np.int64, copy=False)
     first = np.broadcast_to(np.asarray(start, np.int64), (arr.batch_size,))

@@ -14,8 +14,10 @@ _LINE = 64  # bytes of a cache line
 
 
 def wide(x: HostArray) -> np.dtype[Any]:
-    """The dtype to compute in: float32, or wider where the values are; that of integers and bools."""
-    return np.dtype(np.float32) if x.dtype.itemsize < 4 and is_floating(x.dtype.name) else x.dtype
+    """The dtype to compute in: float32, or wider where the values are; that of integers and bools. In native byte order."""
+    if x.dtype.itemsize < 4 and is_floating(x.dtype.name):
+        return np.dtype(np.float32)
+    return x.dtype if x.dtype.isnative else x.dtype.newbyteorder("=")
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
