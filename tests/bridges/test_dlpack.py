@@ -90,6 +90,16 @@ def test_unsigned_offsets(target, dtype):
         assert target.dtype_of(there.offsets) == "int64"
 
 
+@beyond_numpy
+@pytest.mark.parametrize("code", ["l", "q", "L", "Q"])
+def test_both_64_bit_integers_of_c(target, code):
+    if np.dtype(code).name in target.dtypes or target.name == "torch":
+        there = TO[target.name](scree.Array(np.arange(3, dtype=code), [0, 3]))
+        assert bridges.to_numpy(there).values.tolist() == [0, 1, 2]
+    else:
+        assert target.name in ("jax", "mlx")
+
+
 @into
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0), (2, 0), (0, 2)], ids=str)
 @pytest.mark.parametrize("ragged_dim", [0, 1])

@@ -99,6 +99,7 @@ def to_torch(arr: Array) -> Array:
         if not isinstance(getattr(torch, name, None), torch.dtype) or not (name in _BITS or x.dtype.kind in "biufc"):
             raise TypeError(f"to_torch: got dtype {name}, which PyTorch does not have; arr.astype casts")
         x = x if x.flags.writeable else x.copy()  # PyTorch has no read-only tensors
+        x = x.view(np.uint64) if name == "uint64" else x  # C's long long, which PyTorch does not know, is another
         return (
             torch.from_numpy(x.view(_BITS[name])).view(getattr(torch, name)) if name in _BITS else torch.from_numpy(x)
         )
