@@ -96,8 +96,13 @@ class Operators:
     __le__ = _elementwise(operator.le)
     __gt__ = _elementwise(operator.gt)
     __ge__ = _elementwise(operator.ge)
-    __eq__ = _elementwise(operator.eq)  # type: ignore[assignment]
-    __ne__ = _elementwise(operator.ne)  # type: ignore[assignment]
+    if TYPE_CHECKING:  # an assignment would have the type that object declares, a bool
+
+        def __eq__(self, other: object) -> Any: ...
+        def __ne__(self, other: object) -> Any: ...
+    else:
+        __eq__ = _elementwise(operator.eq)
+        __ne__ = _elementwise(operator.ne)
 
     def __pos__(self) -> Self:
         return self.with_values(+self.values)
