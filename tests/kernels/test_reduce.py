@@ -79,6 +79,16 @@ def test_large_integers_are_exact(xp, implementation):
     assert xp.to_np(call(arr, "max", implementation)).tolist() == [big + 1, big - 1]
 
 
+def test_unsigned_integers_beyond_int64(xp, implementation):
+    if xp.name not in ("numpy", "mlx") or implementation == "numba":
+        return  # JAX has them with 64-bit types only, and PyTorch cannot calculate with them
+    big = 2**64 - 1
+    arr = scree.Array(xp.module.array(np.array([big, 1], np.uint64)), xp.array([0, 0, 2], "int32"))
+    assert xp.to_np(call(arr, "max", implementation)).tolist() == [0, big]
+    assert xp.to_np(call(arr, "min", implementation)).tolist() == [big, 1]
+    assert xp.to_np(scree.to_padded(arr, fill_value=big)[0]).tolist() == [[big, big], [big, 1]]
+
+
 @pytest.mark.parametrize("how", ["max", "min"])
 def test_bools(xp, implementation, how):
     values = xp.array(np.arange(USED) % 2 == 0)

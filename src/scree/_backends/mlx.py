@@ -36,6 +36,8 @@ def arange(n: int, like: Dense) -> Dense:
 
 
 def full(shape: tuple[int, ...], value: Any, like: Dense) -> Dense:
+    if like.dtype == mx.uint64:
+        value = np.uint64(value)  # MLX takes no int of Python beyond int64
     return mx.full(shape, mx.array(value, dtype=like.dtype))
 
 
