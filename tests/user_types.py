@@ -17,6 +17,8 @@ def types(arr: Array, flag: bool) -> None:
     assert_type(arr[0], Any)
     assert_type(2 * arr + arr, Array)
     assert_type(-arr, Array)
+    assert_type(arr == 2 * arr, Array)
+    assert_type(arr != 1, Array)
     assert_type(arr.map(abs), Array)
     assert_type(kernels.varlen_attention(arr, arr, arr), Array)
     assert_type(kernels.varlen_attention(arr, arr, arr, return_lse=True), tuple[Array, Array])

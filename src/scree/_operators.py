@@ -98,8 +98,8 @@ class Operators:
     __ge__ = _elementwise(operator.ge)
     if TYPE_CHECKING:  # an assignment would have the type that object declares, a bool
 
-        def __eq__(self, other: object) -> Any: ...
-        def __ne__(self, other: object) -> Any: ...
+        def __eq__(self, other: object) -> Array: ...  # type: ignore[override]
+        def __ne__(self, other: object) -> Array: ...  # type: ignore[override]
     else:
         __eq__ = _elementwise(operator.eq)
         __ne__ = _elementwise(operator.ne)
