@@ -161,6 +161,24 @@ def test_long_sequences_in_many_programs(causal, kv_heads):
             assert_near(a, b, torch.bfloat16, 2.0, name)
 
 
+@pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "free"])
+def test_programs_that_stay_for_many_tiles(fixed):
+    """Each takes several, long and short ones, keys without queries between them, and rows that belong to no sequence."""
+    lengths = (300, 0, 1, 129, 64, 0, 700, 128) * 12
+    key_lengths = (300, 130, 1, 257, 0, 3, 700, 64) * 12
+    q = normal(sum(lengths) + 200, 4, 128, dtype=torch.bfloat16)
+    k, v = (normal(sum(key_lengths) + 300, 2, 128, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
+    do = normal(*q.shape, dtype=torch.bfloat16, seed=3)
+    case = Attention("", heads=4, kv_heads=2, dim=128, options=CAUSAL)
+    tensors, offsets = (q, k, v, do, None), (offsets_of(lengths), offsets_of(key_lengths))
+    got, want = both(case, tensors, offsets, fixed)
+    for name, a, b in zip(NAMES, got, want, strict=False):
+        assert_near(a, b, torch.bfloat16, 2.0, name)
+    for _ in range(50):
+        for name, a, b in zip(NAMES, gradients(tensors, offsets, options_of(case, fixed)), got, strict=False):
+            (assert_bits(a, b, name) if fixed or name != "dq" else assert_near(a, b, torch.bfloat16, 2.0, name))
+
+
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_many_runs_give_the_same_bits(causal):
     lengths = (700, 1900, 130, 1024, 64, 333, 1)

@@ -22,7 +22,8 @@ FORWARD, DQ, DKV = "_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attent
 ATTENTION = (FORWARD, DQ, DKV)
 PAIR_DQ, PAIR_DKV = "_hopper_pair_dq_kernel", "_hopper_pair_dkv_kernel"
 HOPPER = {  # instead of which, where they serve
-    "_hopper_fwd_kernel": {FORWARD}, "_hopper_bwd_kernel": {DQ, DKV}, PAIR_DQ: {DQ}, PAIR_DKV: {DKV},
+    "_hopper_fwd_kernel": {FORWARD}, "_hopper_bwd_kernel": {DQ, DKV}, "_hopper_bwd_stay_kernel": {DQ, DKV},
+    PAIR_DQ: {DQ}, PAIR_DKV: {DKV},
 }  # fmt: skip
 
 # Where attention does not fit in the registers, for which widest head dim, and how much of it at most: measured, this
@@ -30,6 +31,7 @@ HOPPER = {  # instead of which, where they serve
 SPILLS = {
     ("sm_90", DKV): {128: 16},
     ("sm_90", "_hopper_bwd_kernel"): {128: 70},
+    ("sm_90", "_hopper_bwd_stay_kernel"): {128: 70},
     ("sm_90", PAIR_DQ): {64: 16},
     ("sm_90", PAIR_DKV): {64: 34},  # around the loops, of programs that take several heads whole
 }

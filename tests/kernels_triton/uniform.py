@@ -12,7 +12,11 @@ _WRITERS = ("R2UR", "S2UR")
 
 
 def reads_unwritten(text):
-    """Return (address, instruction, registers) of every read that some path reaches before a write, of a disassembly."""
+    """Return (address, instruction, registers) of every read that some path reaches before a write, of a disassembly.
+
+    What is written under a condition counts for what is read under one, since those of one copy, the thread that begins
+    it, are kept in several predicates.
+    """
     code, labels = [], {}
     for line in text.splitlines():
         if label := _LABEL.match(line):
@@ -26,7 +30,10 @@ def reads_unwritten(text):
     while work:
         at = work.pop()
         _, predicate, name, operands = code[at]
-        after = known[at] if predicate else known[at] | effects[at][0]
+        written = effects[at][0]
+        after = known[at] | (
+            {~number for number in written} if predicate else written | {~number for number in written}
+        )
         following = [at + 1] if predicate or name.split(".")[0] not in ("BRA", "EXIT") else []
         if name.startswith("BRA"):
             following.append(labels[re.search(r"\((\.L_x_\d+)\)", operands)[1]])
@@ -37,9 +44,10 @@ def reads_unwritten(text):
                     known[place] = new
                     work.append(place)
     return [
-        (address, f"{name} {operands}".strip(), sorted(read - before))
-        for (address, _, name, operands), (_, read), before in zip(code, effects, known, strict=True)
-        if before is not None and read - before
+        (address, f"{name} {operands}".strip(), sorted(missing))
+        for (address, predicate, name, operands), (_, read), before in zip(code, effects, known, strict=True)
+        if before is not None
+        and (missing := {number for number in read if (~number if predicate else number) not in before})
     ]
 
 

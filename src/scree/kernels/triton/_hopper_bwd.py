@@ -10,7 +10,7 @@ import torch
 from . import _tiles
 from ._attention_calls import Backward, Given, Grads
 from ._hopper import has_gluon, reaches
-from ._launch import INTERPRETED, Launcher, capability, device_number
+from ._launch import INTERPRETED, Launcher, capability, device_number, processors
 from ._tiles import Kept
 
 if TYPE_CHECKING:
@@ -92,11 +92,13 @@ def plan(
     q_tiles, slots = q_map
     k_tiles, k_slots = k_map
     before, main, after = _launchers(q, k, v, o, do, dlse, options, long)
-    grid, main_grid = (slots * heads, 1, 1), (k_slots * kv_heads, 1, 1)
+    stays = options.right >= 0
+    programs = min(k_slots * kv_heads, processors(device_number(q))) if stays else k_slots * kv_heads
+    grid, main_grid = (slots * heads, 1, 1), (programs, 1, 1)
     of_before = (*o.stride()[:2], *do.stride()[:2], total, slots, options.scale)
     inputs = (stride for x in (q, k, v, do) for stride in x.stride()[:2])
     grads_of_keys = (kv_heads * width, width) * 2
-    of_main = (*inputs, *grads_of_keys, k_slots, slots, options.scale, options.right)
+    of_main = (*inputs, *grads_of_keys, k_slots, slots, options.scale, *((options.right,) if stays else ()))
     of_after = (heads * width, width, slots, options.scale)
 
     def launch(given: Given, grads: Grads) -> torch.Tensor:
@@ -134,17 +136,24 @@ def _launchers(
     options: FlatOptions,
     long: bool,
 ) -> tuple[Launcher, Launcher, Launcher]:
-    """What runs before, the main kernel, and what runs after; made at the first call."""
+    """What runs before, the main kernel, and what runs after; made at the first call.
+
+    Where keys are masked, and tiles so of many lengths, the main kernel is the one whose programs stay for several of them.
+    """
     device, (_, heads, width), kv_heads = device_number(q), q.shape, k.shape[1]
     config = CONFIGS[width]
     odd = tuple((stride % 16, stride == 1) for x in (q, k, v, o, do) for stride in x.stride()[:2])
-    has_right = options.right >= 0
+    stays = options.right >= 0
     ordered = options.deterministic or torch.are_deterministic_algorithms_enabled()
-    facts = (device, config, q.dtype, heads, kv_heads, width, has_right, odd, dlse is not None, long, ordered)
+    facts = (device, config, q.dtype, heads, kv_heads, width, stays, odd, dlse is not None, long, ordered)
     found = _LAUNCHERS.get(facts)
     if found is None:
-        from . import _hopper_bwd_dq_kernels as others
-        from ._hopper_bwd_kernels import _hopper_bwd_kernel  # in a language that older Tritons do not have
+        from . import _hopper_bwd_dq_kernels as others  # like the main ones, in what older Tritons do not have
+
+        if stays:
+            from ._hopper_bwd_stay_kernels import _hopper_bwd_stay_kernel as kernel
+        else:
+            from ._hopper_bwd_kernels import _hopper_bwd_kernel as kernel
 
         shared, together = heads // kv_heads, _together(kv_heads, heads // kv_heads, long, ordered)
         of_before = {"INNER": heads, "D": width, "BLOCK_M": config.step, "DLSE": dlse is not None}
@@ -157,13 +166,12 @@ def _launchers(
             "D": width,
             "BLOCK_M": config.step,
             "STAGES": config.stages,
-            "HAS_RIGHT": has_right,
             "ORDERED": ordered,
         }
         flags: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
         found = _LAUNCHERS[facts] = (
             Launcher(others._hopper_bwd_rows_kernel, device, of_before, **flags),
-            Launcher(_hopper_bwd_kernel, device, constants, workspace=True, **flags),
+            Launcher(kernel, device, constants, workspace=True, **flags),
             Launcher(others._hopper_bwd_dq_kernel, device, of_after, launch_pdl=True, **flags),
         )
     return found

@@ -4,8 +4,9 @@ Of each tile of queries a counter says how many blocks of keys have added to its
 in no order, until the first one is done. That one does not add, but stores, so nobody has to write zeros before.
 
 No block waits in vain. It sees a tile only if all blocks before it do, as there is no window to the left, so each of
-them adds to it. And each of them has a program that runs: programs take the blocks of a sequence in their order, when
-they start. Nor does it wait long: all walk from the last query to the first, so one that starts later is behind.
+them adds to it. And each of them has a program that runs, and that comes to it: running programs take the blocks of a
+sequence in their order, and finish what they took in the order in which they took it. Nor does it wait long: all walk
+from the last query to the first, so one that starts later is behind.
 """
 
 from triton.experimental import gluon
@@ -96,7 +97,7 @@ def _done(done_ptr):
 
 @gluon.jit
 def _add(
-    dq_sm, dq_full, dq_empty, arguments,
+    dq_sm, dq_full, dq_empty, arguments, count,
     TURN: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """A warp that has every other dQ added to those in memory, from the first on or, where TURN is 1, from the second.
@@ -106,7 +107,6 @@ def _add(
     """
     acc_desc, turns_ptr, tile, slots_q, block, begin, end = arguments
     LINES: gl.constexpr = BLOCK_M * D // 2 // LINE
-    count = 0
     for at in range(end - BLOCK_M, begin - 1, -BLOCK_M):
         place = tile + at // BLOCK_M
         for _ in range(SHARED):
@@ -120,10 +120,11 @@ def _add(
                         _tma_store(acc_desc, [to, 0], dq_sm.index(half))
                     else:
                         _tma_add(acc_desc, [to, 0], dq_sm.index(half))
-                tma.store_wait(0)
                 for half in gl.static_range(2):
+                    tma.store_wait(1 - half)
                     mbarrier.arrive(dq_empty.index(half), count=1)
                 if ORDERED or block == 0:
                     _pass_on(turn_ptr, block + 1)
             place += slots_q
             count += 1
+    return count

@@ -10,6 +10,7 @@ from ._tiles_kernels import ABSENT
 TURNS = tl.constexpr(4)  # integers a tile of queries; the first says how many have added to its dQ, and of some tile,
 NEXT = tl.constexpr(1)  # for a sequence and a head of keys, this one which block has no program yet,
 DONE = tl.constexpr(2)  # and this one how many warps, two for each block, have added all that they add
+TAKEN = tl.constexpr(3)  # and of the first tile, how many more tiles of keys than programs were taken
 LEAST = tl.constexpr(1e-18)  # of the scale: LSE over it is far from the end of float32
 
 

@@ -1,164 +1,37 @@
-"""Attention backward for Hopper (sm_90), in Gluon: two warpgroups multiply, two warps fetch, two more add up dQ.
+"""Attention backward for Hopper (sm_90) where all keys are seen, in Gluon: a program for each tile of 128 keys.
 
-Each program has a tile of 128 keys and walks over the queries that see it, of all heads that share the keys, the last
-ones first. Each warpgroup keeps the dK and dV of 64 keys in registers, and computes the scores transposed, so that the
-probabilities come out of one product as the next one wants them. The gradients of the scores of both warpgroups go through
-shared memory; each warpgroup multiplies all of them with one half of the columns of K, and a warp has the copy engine add
-that to dQ in memory, in float32 (FlashAttention-3, algorithm 3). A kernel before it prepares the rows, one after it rounds.
+It walks over the queries, of all heads that share the keys, the last ones first: two warpgroups multiply (`_step`), two warps
+fetch, two more have the copy engine add up dQ in memory, in float32. A kernel before it prepares the rows, one after it
+rounds. Where tiles differ in length, programs that stay for several are faster (`_hopper_bwd_stay_kernels.py`); here not.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from ._attention_fwd_kernels import _span, _tile
 from ._hopper_bwd_add_kernels import LINE, _add, _done, _take
 from ._hopper_bwd_dq_kernels import DONE, TURNS, _divisor
+from ._hopper_bwd_steps_kernels import BLOCK_N, LOG2E, NEVER, ROWS, SLOTS, _leave, _multiply_dq, _place, _step, _steps
 from ._tiles_kernels import ABSENT
 from ._tiles_kernels import ROWS as PRESENT
-
-LOG2E = gl.constexpr(1.4426950408889634)
-ROWS = gl.constexpr(64)  # of each group
-BLOCK_N = gl.constexpr(128)
-NEVER = gl.constexpr(2**30)
-SLOTS = gl.constexpr(4)  # for dS in shared memory
 
 # Triton 3.8 renamed it.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
-def _leave(dq_sm, dq_full, dq_empty, dq, count, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, WIDTH: gl.constexpr):
-    """Leave dq of block ``count - 1`` to be added, in the order in which the threads hold it (see `_in_order`)."""
-    x = gl.reshape(dq, [BLOCK_M // 16, 2, 8, WIDTH // 8, 4, 2])
-    x = gl.permute(x, (0, 3, 2, 4, 1, 5))
-    mbarrier.wait(dq_empty, count & 1)
-    dq_sm.store(gl.reshape(x, [BLOCK_M * WIDTH // LINE, LINE]))
-    fence_async_shared()
-    mbarrier.arrive(dq_full.index(2 * GROUP + (count + 1 & 1)), count=1)
-
-
-@gluon.jit
-def _multiply_dq(k_half, ds_sm, ds_full, count, D: gl.constexpr, BLOCK_M: gl.constexpr, DQ_LAYOUT: gl.constexpr):
-    """Issue dQ of block ``count - 1``, once both warpgroups have left its dS in shared memory."""
-    slot = (count + SLOTS - 1) % SLOTS
-    mbarrier.wait(ds_full.index(slot), ((count + SLOTS - 1) // SLOTS & 1) ^ 1)
-    zeros = gl.zeros([BLOCK_M, D // 2], gl.float32, layout=DQ_LAYOUT)
-    return warpgroup_mma(ds_sm.index(slot).permute((1, 0)), k_half, zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _step(
-    dk, dv, k, v, k_half, memory, barriers, count, at, low, scale,
-    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
-    S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, DQ_LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """The queries from `at`; and dQ of the block before, which is left to be added while dK is multiplied.
-
-    One step later, because dS of the other warpgroup is there by then: so one can multiply while the other computes.
-    With four places for dS a warpgroup is never too early to write: that both have written two steps ago, for which
-    it waited one step ago, means that the other one is done with what was written four steps ago.
-
-    S and dP are added to what `rows` holds, ``-lse / scale`` and ``-delta``, so that no other registers have to.
-    The first wait has theirs written before either product begins: otherwise ptxas lets one wait for the other.
-    """
-    _, _, q_sm, do_sm, lse_sm, delta_sm, ds_sm, dq_sm = memory
-    _, _, q_full, do_full, q_empty, do_empty, ds_full, dq_full, dq_empty = barriers
-    stage = count % STAGES
-    phase = count // STAGES & 1
-    zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, layout=S_LAYOUT)
-    mbarrier.wait(q_full.index(stage), phase)
-    s = zeros + lse_sm.index(stage).load(S_LAYOUT)
-    mbarrier.wait(do_full.index(stage), phase)
-    dp = zeros + delta_sm.index(stage).load(S_LAYOUT)
-    s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    s = warpgroup_mma(k, q_sm.index(stage).permute((1, 0)), s, is_async=True)
-    dp = warpgroup_mma(v, do_sm.index(stage).permute((1, 0)), dp, is_async=True)
-    s = warpgroup_mma_wait(1, deps=(s,))
-    p = gl.exp2(s * scale)
-    if MASKED:
-        rows = gl.expand_dims(gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_LAYOUT)), 0)
-        p = gl.where(rows >= gl.expand_dims(low - at, 1), p, 0.0)
-    pb = gl.convert_layout(p.to(k.dtype), P_LAYOUT)
-    dp = warpgroup_mma_wait(0, deps=(dp,))
-    dv = warpgroup_mma(pb, do_sm.index(stage), dv, is_async=True)
-    ds = (p * dp).to(k.dtype)
-    slot = count % SLOTS
-    ds_sm.index(slot).slice(GROUP * ROWS, ROWS, 0).store(ds)
-    fence_async_shared()
-    mbarrier.arrive(ds_full.index(slot), count=1)
-    dq = _multiply_dq(k_half, ds_sm, ds_full, count, D, BLOCK_M, DQ_LAYOUT)
-    dk = warpgroup_mma(gl.convert_layout(ds, P_LAYOUT), q_sm.index(stage), dk, is_async=True)
-    dv = warpgroup_mma_wait(2, deps=(dv,))
-    mbarrier.arrive(do_empty.index(stage), count=1)
-    dq = warpgroup_mma_wait(1, deps=(dq,))
-    if count > 0:
-        _leave(dq_sm.index(GROUP), dq_full, dq_empty.index(GROUP), dq, count, GROUP, BLOCK_M, D // 2)
-    dk = warpgroup_mma_wait(0, deps=(dk,))
-    mbarrier.arrive(q_empty.index(stage), count=1)
-    return dk, dv
-
-
-@gluon.jit
-def _place(
-    tiles_ptr, turns_ptr, slots, slots_q, HEADS: gl.constexpr, INNER: gl.constexpr, HALVES: gl.constexpr
-):  # fmt: skip
-    """The head of this program, and its tile: the next one of the sequence that the map has for it.
-
-    With HALVES, the costlier half of the tiles of all heads comes first: otherwise long ones of the last heads start late.
-    """
-    program = gl.program_id(0)
-    first = slots * 0
-    count = slots
-    if HALVES:
-        count = slots // 2
-        if program >= count * HEADS:
-            program -= count * HEADS
-            first = count
-            count = slots - count
-    outer = program // INNER
-    head = outer // count * INNER + program % INNER
-    kind, k_start, k_length, q_start, q_length, block, row = _tile(tiles_ptr, first + outer % count)
-    if kind == ABSENT:
-        k_start = k_start * 0
-        k_length = 0
-        q_start = k_start
-        q_length = 0
-    if kind == PRESENT:  # in the map too no block of a sequence is costlier than the one before
-        block = _take(turns_ptr, row, head, slots_q)
-    return head, k_start, k_length, q_start, q_length, block, row
-
-
-@gluon.jit
-def _steps(block, k_length, q_length, right, BLOCK_M: gl.constexpr, HAS_RIGHT: gl.constexpr):
-    """(begin, middle, end): every key is seen by every query from `middle` on; all three are multiples of BLOCK_M."""
-    begin, middle, _, end = _span(block, k_length, q_length, right, -1, BLOCK_N, BLOCK_M, HAS_RIGHT, False)
-    end = (end + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    if block * BLOCK_N + BLOCK_N > k_length:
-        middle = end
-    return begin, gl.minimum(middle, end), end
-
-
-@gluon.jit
 def _multiply(
     memory, barriers, work, arguments,
     GROUP: gl.constexpr, SHARED: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-    HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One of the warpgroups that multiply: keys ``64 * GROUP`` to ``64 * GROUP + 64`` of the tile."""
-    k_sm, v_sm, _q, _do, _l, _d, ds_sm, dq_sm = memory
-    k_full, v_full, _qf, _df, _qe, _de, ds_full, dq_full, dq_empty = barriers
+    k_sm, v_sm, q_sm, do_sm, lse_sm, delta_sm, ds_sm, dq_sm = memory
+    of_steps = (lse_sm, delta_sm, ds_sm, dq_sm)
+    k_full, v_full, q_full, do_full, q_empty, do_empty, ds_full, dq_full, dq_empty = barriers
+    of_queries = (q_full, do_full, q_empty, do_empty, ds_full, dq_full, dq_empty)
     head, block, _tile, begin, middle, end = work
-    dk_ptr, dv_ptr, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h, k_start, k_length, q_length, scale, right = (
-        arguments
-    )
+    dk_ptr, dv_ptr, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h, k_start, k_length, scale = arguments
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
     )
@@ -169,8 +42,6 @@ def _multiply(
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=a_layout, k_width=2)
     cols = block * BLOCK_N + GROUP * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
     low = gl.where(cols < k_length, 0, NEVER)  # the first query that sees a key
-    if HAS_RIGHT:
-        low = gl.where(cols < k_length, cols + (q_length - k_length - right), NEVER)
     k = k_sm.slice(GROUP * ROWS, ROWS, 0)
     v = v_sm.slice(GROUP * ROWS, ROWS, 0)
     k_half = k_sm.slice(GROUP * (D // 2), D // 2, 1)
@@ -182,15 +53,19 @@ def _multiply(
         mbarrier.wait(k_full, 0)
         mbarrier.wait(v_full, 0)
     for _ in range((end - middle) // BLOCK_M * SHARED):
+        stage = count & STAGES - 1
+        operands = (k, v, k_half, q_sm.index(stage), do_sm.index(stage))
         dk, dv = _step(
-            dk, dv, k, v, k_half, memory, barriers, count, 0, low, scale_2,
+            dk, dv, operands, of_steps, of_queries, count, 0, 0, low, scale_2,
             GROUP, D, BLOCK_M, STAGES, False, s_layout, p_layout, dq_layout,
         )  # fmt: skip
         count += 1
     for at in range(middle - BLOCK_M, begin - 1, -BLOCK_M):
         for _ in range(SHARED):
+            stage = count & STAGES - 1
+            operands = (k, v, k_half, q_sm.index(stage), do_sm.index(stage))
             dk, dv = _step(
-                dk, dv, k, v, k_half, memory, barriers, count, at, low, scale_2,
+                dk, dv, operands, of_steps, of_queries, count, 0, at, low, scale_2,
                 GROUP, D, BLOCK_M, STAGES, True, s_layout, p_layout, dq_layout,
             )  # fmt: skip
             count += 1
@@ -275,19 +150,19 @@ def _fetch_and_add(
     shape = [HEADS * SHARED * slots_q * (BLOCK_M * D // LINE), LINE]
     acc_desc = tma.make_tensor_descriptor(acc_ptr, shape, [LINE, 1], [BLOCK_M * D // 2 // LINE, LINE], layout)
     added = (acc_desc, turns_ptr, tile, slots_q, block, begin, end)
-    _add(dq_sm, dq_full, dq_empty, added, TURN, SHARED, D, BLOCK_M, ORDERED)
+    _add(dq_sm, dq_full, dq_empty, added, gl.to_tensor(0), TURN, SHARED, D, BLOCK_M, ORDERED)
     if length > 0:
         _done(done_ptr)
 
 
-@gluon.jit(do_not_specialize=["slots", "slots_q", "scale", "right"])
+@gluon.jit(do_not_specialize=["slots", "slots_q", "scale"])
 def _hopper_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, rows_ptr, tiles_ptr, acc_ptr, turns_ptr, dk_ptr, dv_ptr,
     stride_q_t: "i64", stride_q_h: "i64", stride_k_t: "i64", stride_k_h: "i64", stride_v_t: "i64", stride_v_h: "i64",
     stride_do_t: "i64", stride_do_h: "i64", stride_dk_t: "i64", stride_dk_h: "i64", stride_dv_t: "i64",
-    stride_dv_h: "i64", slots: "i32", slots_q: "i64", scale: "fp32", right: "i32",
+    stride_dv_h: "i64", slots: "i32", slots_q: "i64", scale: "fp32",
     SHARED: gl.constexpr, HEADS: gl.constexpr, INNER: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr, ORDERED: gl.constexpr,
+    STAGES: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """dK and dV, summed over the query heads of the group; and dQ, unscaled, added to `acc`.
 
@@ -300,10 +175,16 @@ def _hopper_bwd_kernel(
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], dtype)
     rows_layout: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
-    head, k_start, k_length, q_start, q_length, block, row = _place(
-        tiles_ptr, turns_ptr, slots, slots_q, HEADS, INNER, SHARED > 1
-    )  # fmt: skip
-    begin, middle, end = _steps(block, k_length, q_length, right, BLOCK_M, HAS_RIGHT)
+    head, place = _place(gl.program_id(0), tiles_ptr, slots, HEADS, INNER, SHARED > 1)
+    kind, k_start, k_length, q_start, q_length, block, row = place
+    if kind == ABSENT:
+        k_start = k_start * 0
+        k_length = 0
+        q_start = k_start
+        q_length = 0
+    if kind == PRESENT:  # in the map too no block of a sequence is costlier than the one before
+        block = _take(turns_ptr, row, head, slots_q)
+    begin, middle, end = _steps(block, k_length, q_length, -1, BLOCK_M, False)
     tile = (head * SHARED * slots_q + q_start // BLOCK_M + row).to(gl.int32)  # of the first head of the group
     dq_sm = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M * D // 2 // LINE, LINE], rows_layout)
     k_sm = gl.allocate_shared_memory(dtype, [BLOCK_N, D], k_layout)
@@ -348,11 +229,11 @@ def _hopper_bwd_kernel(
     sums = (acc_ptr, turns_ptr, turns_ptr + (head * slots_q + row) * TURNS + DONE, across)
     dq = (dq_sm, dq_full, dq_empty)
     multiplied = (
-        dk_ptr, dv_ptr, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h, k_start, k_length, q_length, scale, right,
+        dk_ptr, dv_ptr, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h, k_start, k_length, scale,
     )  # fmt: skip
     gl.warp_specialize([
-        (_multiply, (memory, barriers, work, multiplied, 0, SHARED, D, BLOCK_M, STAGES, HAS_RIGHT)),
-        (_multiply, (memory, barriers, work, multiplied, 1, SHARED, D, BLOCK_M, STAGES, HAS_RIGHT)),
+        (_multiply, (memory, barriers, work, multiplied, 0, SHARED, D, BLOCK_M, STAGES)),
+        (_multiply, (memory, barriers, work, multiplied, 1, SHARED, D, BLOCK_M, STAGES)),
         (_fetch, (q_sm, lse_sm, q_full, q_empty, work, queries, 0, SHARED, HEADS, D, BLOCK_M, STAGES)),
         (_fetch, (do_sm, delta_sm, do_full, do_empty, work, outputs, 1, SHARED, HEADS, D, BLOCK_M, STAGES)),
         (_fetch_and_add, (k_sm, k_full, dq, work, keys, sums, 0, SHARED, HEADS, D, BLOCK_M, ORDERED)),
