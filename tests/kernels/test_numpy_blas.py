@@ -83,6 +83,23 @@ def test_a_key_that_is_hidden_does_not_count_whatever_it_is(n, bad):
     assert np.isnan(got[-1, 0]).all()
 
 
+def test_how_a_long_row_is_cut_depends_on_its_own_shape():
+    a = arr_of((1200, 700, 300, 40), (4, 5))
+
+    def attend(a):
+        return kernels.varlen_attention(a, a, a, causal=True, implementation=NAME)
+
+    together = attend(a)
+    for i in range(4):
+        assert_same_bits(attend(a[i : i + 1]).values, together[i])
+    cut, _ = _attention._tasks(np.array([0, 1200, 1900]), np.array([0, 1200, 1900]), 4, 1)
+    alone, _ = _attention._tasks(np.array([0, 1200]), np.array([0, 1200]), 4, 1)
+    assert {(task.heads.start, task.heads.stop) for task in cut if task.n == 1200} == {
+        (task.heads.start, task.heads.stop) for task in alone
+    }
+    assert len({task.heads.start for task in alone}) > 1
+
+
 @pytest.mark.parametrize("features", [(), (64,)], ids=str)
 def test_a_long_sum_is_no_long_row_of_additions(features):
     a = arr_of((200_000,), features).map(lambda x: np.abs(x) + 1)
@@ -192,6 +209,18 @@ def test_what_goes_wrong_on_another_thread_is_raised_and_what_numpy_is_told_hold
 
     with np.errstate(over="raise"), pytest.raises(FloatingPointError):
         _threads.share([1, 2], work, 2)
+
+
+def test_this_thread_takes_the_first_tasks_and_the_others_the_last():
+    here, both, taken = threading.get_ident(), threading.Barrier(2), {}
+
+    def work(tasks):
+        taken[threading.get_ident()] = next(tasks)
+        both.wait(10)  # so that each thread has one
+
+    _threads.share([1, 2, 3], work, 2)
+    assert taken.pop(here) == 1
+    assert list(taken.values()) == [3]
 
 
 def test_every_task_is_computed_once():

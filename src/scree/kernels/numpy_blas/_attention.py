@@ -21,10 +21,13 @@ from ._common import Scratch, wide
 from ._threads import available, share
 
 _QUERIES = 64  # at a time: of a causal row, half as many keys are computed and hidden
-_TILE = 1 << 18  # multiplications: OpenBLAS computes a product of no more on the thread that asks for it
-_SCORES = 1 << 17  # elements of a block of scores: smaller ones cost more calls than the second-level cache is worth
+_TILE = 1 << 19  # multiplications: OpenBLAS computes a product of fewer on the thread that asks for it
+_SCORES = 1 << 19  # elements of a block of scores: threads that call often wait for Python's lock
+_TASK = 1 << 22  # scores of a row that are one task, as long as they are those of several heads
 _WORTH_THREADS = 1 << 21  # scores of a call: below, threads wait for Python's lock longer than they compute
 _INF = float("inf")
+
+_Weigh = Callable[[HostArray, HostArray], HostArray]
 
 
 class _Task(NamedTuple):
@@ -42,7 +45,7 @@ class _Memory:
     """What a thread uses again from block to block."""
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
-        self.q, self.k, self.v, self.scores, self.parts = (Scratch(dtype) for _ in range(5))
+        self.q, self.k, self.v, self.scores, self.parts, self.o = (Scratch(dtype) for _ in range(6))
 
 
 def _gathered(x: HostArray, starts: list[int], n: int, heads: slice, memory: Scratch, scale: float = 1.0) -> HostArray:
@@ -68,7 +71,7 @@ def by_blocks(
     v: Array,
     sinks: HostArray | None,
     options: AttentionOptions,
-    weigh: Callable[[HostArray, HostArray], HostArray],
+    weigh: _Weigh,
 ) -> tuple[Array, Array] | Array:
     """Compute `scree.kernels.varlen_attention` with weights that are computed elsewhere.
 
@@ -85,7 +88,7 @@ def by_blocks(
     lse[: int(q_offsets[-1])] = -_INF if sinks is None else sinks.astype(np.float32)  # where no key is seen
     sink = None if sinks is None else sinks.astype(dtype).reshape(kv_heads, group, 1, 1, 1)
     triangle = _triangle(dtype)
-    tile = max(16, _TILE // (_QUERIES * max(dim, v_dim)) // 16 * 16)  # keys
+    tile = max(8, (_TILE - 1) // (_QUERIES * max(dim, v_dim)) // 8 * 8)  # keys
 
     def compute(tasks: Iterator[_Task]) -> None:
         memory = _Memory(dtype)
@@ -102,13 +105,13 @@ def by_blocks(
                 given = qr[..., span.first : span.last, :], kr[:, :, keys], vr[:, :, keys]
                 bounds = _bounds(span, n, m, *limits, triangle)
                 sunk = None if sink is None else sink[mine]
-                y, z = _block(*given, bounds, broken, softcap, sunk, return_lse, tile, memory, weigh)
-                y = y.reshape(-1, *y.shape[2:])  # (heads, G, queries, D_v)
+                y, total, z = _block(*given, bounds, broken, softcap, sunk, return_lse, tile, memory, weigh)
                 for i, start in enumerate(starts):
                     place = slice(start + span.first, start + span.last)
-                    o[place, of_q] = y[:, i].swapaxes(0, 1)
+                    target = o[place, of_q].reshape(y.shape[3], *y.shape[:2], v_dim).transpose(1, 2, 0, 3)
+                    np.divide(y[:, :, i], total[:, :, i], out=target, casting="unsafe")
                     if z is not None:
-                        lse[place, of_q] = z.reshape(y.shape[:3])[:, i].T
+                        lse[place, of_q] = z[:, :, i].reshape(-1, y.shape[3]).T
 
     tasks, threads = _tasks(q_offsets, k_offsets, kv_heads, group)
     share(tasks, compute, threads)
@@ -124,11 +127,16 @@ def _tasks(q_offsets: HostInts, k_offsets: HostInts, kv_heads: int, group: int) 
     threads = available() if scores >= _WORTH_THREADS else 1
     tasks: list[_Task] = []
     for numbers, n, m in rows:
-        # Some heads at a time, so that the scores of a block stay in the cache.
-        size = kv_heads if len(numbers) > 1 else max(1, _SCORES // (group * min(n, _QUERIES) * m))
-        blocks = [slice(h, min(h + size, kv_heads)) for h in range(0, kv_heads, size)]
-        turns = threads if len(blocks) < threads and n > _QUERIES else 1
-        tasks += [_Task(numbers, n, m, heads, first, turns) for heads in blocks for first in range(turns)]
+        # A matter of n and m alone: where in memory the matrices of a head begin may show in the last bit.
+        size = kv_heads
+        if len(numbers) == 1:
+            size = min(max(1, _SCORES // (group * min(n, _QUERIES) * m)), max(1, _TASK // (group * n * m)))
+        blocks = -(-kv_heads // size)
+        cuts = [kv_heads * i // blocks for i in range(blocks + 1)]
+        much = len(numbers) * n * m * kv_heads * group * threads > scores
+        turns = threads if blocks < threads and n > _QUERIES and much else 1
+        heads = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        tasks += [_Task(numbers, n, m, some, first, turns) for some in heads for first in range(turns)]
     return tasks, min(threads, max(len(tasks), 1))
 
 
@@ -177,15 +185,16 @@ def _block(
     with_lse: bool,
     tile: int,
     memory: _Memory,
-    weigh: Callable[[HostArray, HostArray], HostArray],
-) -> tuple[HostArray, HostArray | None]:
-    """o (K', G', G, queries, D_v) and lse (K', G', G, queries, 1) of some key heads K' with G' heads each.
+    weigh: _Weigh,
+) -> tuple[HostArray, HostArray, HostArray | None]:
+    """What o is times its divisor (K', G', G, queries, D_v), that and lse (K', G', G, queries, 1), of some key heads K'.
 
     q is (K', G', G, queries, D), k (K', G, keys, D) and v (K', G, keys, D_v).
     """
     s = memory.scores.take((*q.shape[:-1], k.shape[-2]))  # (K', G', G, queries, keys)
-    by_tile = [x.swapaxes(-1, -2) for x in _tiles(s.swapaxes(-1, -2), tile)]  # (K', G', G, tiles, queries, tile)
-    for part, keys in zip(by_tile, _tiles(k[:, None], tile), strict=True):
+    across = tile // _QUERIES * _QUERIES or tile  # spans end where such a tile does
+    by_tile = [x.swapaxes(-1, -2) for x in _tiles(s.swapaxes(-1, -2), across)]  # (K', G', G, tiles, queries, tile)
+    for part, keys in zip(by_tile, _tiles(k[:, None], across), strict=True):
         np.matmul(q[..., None, :, :], keys.swapaxes(-1, -2), out=part)
     if softcap is not None:
         s /= s.dtype.type(softcap)
@@ -196,26 +205,27 @@ def _block(
         np.fmin(last, bounds, out=last)  # in one pass; a NaN that is hidden is gone, and one that is seen leaves inf
     top = np.maximum.reduce(s, axis=-1, keepdims=True)
     total = weigh(s, top)
+    by_tile = [x.swapaxes(-1, -2) for x in _tiles(s.swapaxes(-1, -2), tile)]
     count = sum(part.shape[-3] for part in by_tile)
     parts = memory.parts.take((*q.shape[:-2], count, q.shape[-2], v.shape[-1]))
     at = 0
     for part, values in zip(by_tile, _tiles(v[:, None], tile), strict=True):
         np.matmul(part, values, out=parts[..., at : at + part.shape[-3], :, :])
         at += part.shape[-3]
-    o = np.add.reduce(parts, axis=-3) if count > 1 else parts[..., 0, :, :]
+    o = parts[..., 0, :, :]
+    if count > 1:
+        o = np.add.reduce(parts, axis=-3, out=memory.o.take(o.shape))
     if bounds is not None:
         for i in broken:
             _add_seen(s[:, :, i], v[:, None, i], bounds, o[:, :, i])
     if not with_lse and sink is None:
-        o /= total
-        return o, None
+        return o, total, None
     lse = np.log(total) + top
     if sink is None:
-        o /= total
-        return o, lse
+        return o, total, lse
     both = np.logaddexp(lse, sink)
-    o *= np.exp(lse - both) / total
-    return o, both
+    o *= np.exp(lse - both)
+    return o, total, both
 
 
 def _weigh(s: HostArray, top: HostArray) -> HostArray:

@@ -28,31 +28,32 @@ def available() -> int:
 def share(tasks: list[_Task], work: Callable[[Iterator[_Task]], None], threads: int) -> None:
     """Call `work` on so many threads, this one among them, each with an iterator over what no other has taken.
 
-    The threads end with the call, so that a fork later on misses none.
+    This one takes the first tasks first, and the others the last ones: threads that all have small tasks at a time, and
+    so many calls, wait for Python's lock. The threads end with the call, so that a fork later on misses none.
     """
     waiting = deque(tasks)
 
-    def taken() -> Iterator[_Task]:
+    def taken(take: Callable[[], _Task]) -> Iterator[_Task]:
         while waiting:
             try:
-                task = waiting.popleft()
+                task = take()
             except IndexError:  # another thread was faster
                 return
             yield task
 
     if threads <= 1:
-        work(taken())
+        work(taken(waiting.popleft))
         return
     told: dict[str, Any] = {**np.geterr(), "call": np.geterrcall()}
 
     def alike() -> None:
         with np.errstate(**told):  # what holds here, which NumPy keeps with a thread, or with a context
-            work(taken())
+            work(taken(waiting.pop))
 
     with ThreadPoolExecutor(threads - 1, "scree") as pool:
         others = [pool.submit(alike) for _ in range(threads - 1)]
         try:
-            work(taken())
+            work(taken(waiting.popleft))
         finally:
             waiting.clear()  # where this one was stopped, the others stop too
         for other in others:
