@@ -113,6 +113,20 @@ def test_many_tiles_are_found_by_a_search_where_comparing_them_with_all_rows_wou
     assert jx.to_np(compared.row).tolist() == [0, 0, 0, 2, 3, 4, 4]
 
 
+@pytest.mark.parametrize("lengths", [(130, 0, 5, 64), (0, 0, 3), (127, 1, 128, 0), (1,), (0,), (1000, 0)], ids=str)
+@pytest.mark.parametrize("spare", [0, 1, 200])
+def test_the_row_of_every_token_by_a_search_and_by_sums(jx, lengths, spare):
+    from scree.kernels.jax_xla import _tiles
+
+    total = sum(lengths) + spare
+    bounds = jx.array(oracle.offsets_of(lengths)[1:], "int32")
+    want = np.searchsorted(oracle.offsets_of(lengths)[1:], np.arange(total), side="right")
+    for way in (_tiles._counted, _tiles._searched, lambda total, bounds: _tiles.passed(bounds, total)):
+        got = jx.to_np(way(total, bounds))
+        assert got.dtype == np.int32
+        assert got.tolist() == want.tolist()
+
+
 def test_memory_is_of_the_order_of_the_tokens(jx):
     jax = jx.module
 

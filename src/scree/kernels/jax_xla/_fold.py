@@ -19,7 +19,7 @@ from jax import Array as Dense
 from jax import lax
 
 from ..._check import integer_limits, is_integer
-from ._tiles import tiles_of
+from ._tiles import passed, tiles_of
 
 _NARROW = 32  # features, below which tokens are gathered everywhere
 _GATHERED, _IN_ORDER = 32, 512  # tokens of a tile
@@ -34,8 +34,7 @@ Arrays = tuple[Dense, ...]
 
 def row_of_tokens(offsets: Dense, total: int) -> tuple[Dense, Dense]:
     """The place of every token and its row, (total,) both; the row is B for tokens beyond the last one."""
-    places = jnp.arange(total, dtype=offsets.dtype)
-    return places, jnp.searchsorted(offsets[1:], places, side="right").astype(offsets.dtype)
+    return jnp.arange(total, dtype=offsets.dtype), passed(offsets[1:], total)
 
 
 def taken(values: Dense, row: Dense) -> Dense:
@@ -141,8 +140,7 @@ def _scattered(op: str, x: Dense, offsets: Dense) -> Dense:
     number, places = (jnp.arange(size, dtype=offsets.dtype) for size in (most, total))
     tile = tiles.tile(number)
     # Among the beginnings of tiles, as a search for the row would be followed by two gathers as long as itself.
-    starts = jnp.where(number < tiles.all(), tile.start, offsets[-1])
-    index = jnp.searchsorted(starts, places, side="right").astype(offsets.dtype) - 1
+    index = passed(jnp.where(number < tiles.all(), tile.start, offsets[-1]), total) - 1
     parts = _scatter(op, x, jnp.where(places < offsets[-1], index, most), most)
     return _scatter(op, parts, tile.row, rows)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 _COMPARED = 1 << 16  # pairs of a tile and a row, up to which the CPU compares all
+_ADDED = 128  # places that are added up at once
 
 
 def row_of(bounds: Array, number: Array, compared: int) -> Array:
@@ -18,6 +20,28 @@ def row_of(bounds: Array, number: Array, compared: int) -> Array:
     rows = bounds.shape[0] - 1
     method = "compare_all" if number.ndim and number.size * rows <= compared else "scan"
     return jnp.searchsorted(bounds[1:], number, side="right", method=method).astype(bounds.dtype)
+
+
+def passed(bounds: Array, total: int) -> Array:
+    """How many of the bounds (N,), sorted, each place below `total` lies at or behind: (total,).
+
+    That of a search, and on the CPU, where a search turns for each of its halves, sums: along places, and over what was
+    added up at once.
+    """
+    return lax.platform_dependent(bounds, cpu=partial(_counted, total), default=partial(_searched, total))
+
+
+def _searched(total: int, bounds: Array) -> Array:
+    places = jnp.arange(total, dtype=bounds.dtype)
+    return jnp.searchsorted(bounds, places, side="right").astype(bounds.dtype)
+
+
+def _counted(total: int, bounds: Array) -> Array:
+    groups = -(-total // _ADDED)
+    here = jnp.zeros((groups * _ADDED,), bounds.dtype).at[bounds].add(1, mode="drop", indices_are_sorted=True)
+    within = lax.associative_scan(jnp.add, here.reshape(groups, _ADDED), axis=1)
+    before = jnp.cumsum(within[:, -1], dtype=bounds.dtype) - within[:, -1]
+    return (within + before[:, None]).reshape(-1)[:total]
 
 
 class Tile(NamedTuple):
