@@ -16,6 +16,8 @@ CASES = (
     (64, "fp16", {"HAS_RIGHT": True}),
     (64, "bf16", {"HAS_RIGHT": True, "SOFTCAP": True, "SINKS": True}),
     (64, "fp16", {"HAS_LEFT": True, "HAS_RIGHT": True}),
+    (64, "bf16", {"AHEAD": True}),
+    (64, "bf16", {"AHEAD": True, "HAS_LEFT": True, "HAS_RIGHT": True, "SINKS": True}),
     (128, "bf16", {"HAS_RIGHT": True}),
     (128, "fp16", {}),
     (128, "bf16", {"HAS_LEFT": True, "HAS_RIGHT": True}),
@@ -43,7 +45,7 @@ def assembly(monkeypatch, tmp_path):
             "HEADS": 8, "SHARED": 2, "INNER": 2, "D": width, "D_V": width,
             "BLOCK_N": config.step, "TILES": config.tiles, "STAGES": config.stages,
             "HAS_LEFT": False, "HAS_RIGHT": False, "SOFTCAP": False, "SCALED": False, "SINKS": False, "LSE": True,
-            "BRIEF": config.brief,
+            "BRIEF": config.brief, "AHEAD": False,
         } | flags  # fmt: skip
         signature, aligned = {}, {}
         for i, name in enumerate(kernel.arg_names):

@@ -226,7 +226,7 @@ def _prepare(
     strides = q.stride()[:2] + k.stride()[:2] + v.stride()[:2]
     regime = _regime(total_k, cu_k)
     left, right, scale, softcap = options[:4]
-    hopper = _hopper.plan(q, k, v, sinks, options, cu_q.shape[0] - 1, regime == LONG, with_lse)
+    hopper = _hopper.plan(q, k, v, sinks, options, cu_q.shape[0] - 1, regime == LONG, regime == SHORT, with_lse)
     if hopper is not None:
         launch, rows = hopper
     else:

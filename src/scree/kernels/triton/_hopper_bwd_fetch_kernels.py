@@ -11,7 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from ._hopper_bwd_add_kernels import _take
 from ._hopper_bwd_dq_kernels import TAKEN
 from ._hopper_bwd_steps_kernels import BLOCK_N, _place, _steps
-from ._hopper_fwd_kernels import _load, _ragged
+from ._hopper_fwd_copy_kernels import _load, _ragged
 from ._tiles_kernels import ABSENT
 from ._tiles_kernels import ROWS as PRESENT
 

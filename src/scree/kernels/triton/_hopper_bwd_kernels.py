@@ -48,29 +48,26 @@ def _multiply(
     dk = gl.zeros([ROWS, D], gl.float32, layout=a_layout)
     dv = gl.zeros([ROWS, D], gl.float32, layout=a_layout)
     scale_2 = _divisor(scale) * LOG2E
+    operands = (k, v, k_half, q_sm, do_sm)
     count = 0
     if begin < end:
         mbarrier.wait(k_full, 0)
         mbarrier.wait(v_full, 0)
     for _ in range((end - middle) // BLOCK_M * SHARED):
-        stage = count & STAGES - 1
-        operands = (k, v, k_half, q_sm.index(stage), do_sm.index(stage))
         dk, dv = _step(
             dk, dv, operands, of_steps, of_queries, count, 0, 0, low, scale_2,
-            GROUP, D, BLOCK_M, STAGES, False, s_layout, p_layout, dq_layout,
+            GROUP, D, BLOCK_M, STAGES, False, False, s_layout, p_layout, dq_layout,
         )  # fmt: skip
         count += 1
     for at in range(middle - BLOCK_M, begin - 1, -BLOCK_M):
         for _ in range(SHARED):
-            stage = count & STAGES - 1
-            operands = (k, v, k_half, q_sm.index(stage), do_sm.index(stage))
             dk, dv = _step(
                 dk, dv, operands, of_steps, of_queries, count, 0, at, low, scale_2,
-                GROUP, D, BLOCK_M, STAGES, True, s_layout, p_layout, dq_layout,
+                GROUP, D, BLOCK_M, STAGES, True, False, s_layout, p_layout, dq_layout,
             )  # fmt: skip
             count += 1
     if count > 0:
-        dq = _multiply_dq(k_half, ds_sm, ds_full, count, D, BLOCK_M, dq_layout)
+        dq = _multiply_dq(k_half, ds_sm, ds_full, count, D, BLOCK_M, False, dq_layout)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         _leave(dq_sm.index(GROUP), dq_full, dq_empty.index(GROUP), dq, count, GROUP, BLOCK_M, D // 2)
     first = block * BLOCK_N + GROUP * ROWS

@@ -22,7 +22,8 @@ from ._hopper_bwd_add_kernels import LINE, _add, _done
 from ._hopper_bwd_dq_kernels import DONE, TURNS, _divisor
 from ._hopper_bwd_fetch_kernels import FIELDS, TILES, _follow_and_fetch, _take_and_fetch, _told
 from ._hopper_bwd_steps_kernels import BLOCK_N, LOG2E, NEVER, ROWS, SLOTS, _leave, _multiply_dq, _step, _steps
-from ._hopper_fwd_kernels import _ragged, _store
+from ._hopper_fwd_copy_kernels import _ragged
+from ._hopper_fwd_kernels import _store
 from ._tiles_kernels import ABSENT
 from ._tiles_kernels import ROWS as PRESENT
 
@@ -105,7 +106,7 @@ def _multiply(
             operands = _operands(k_sm, v_sm, q_sm, do_sm, count, GROUP, D, BLOCK_M, STAGES)
             dk, dv = _step(
                 dk, dv, operands, of_steps, barriers, count, before, 0, low, scale_2,
-                GROUP, D, BLOCK_M, STAGES, False, s_layout, p_layout, dq_layout,
+                GROUP, D, BLOCK_M, STAGES, False, True, s_layout, p_layout, dq_layout,
             )  # fmt: skip
             count += 1
         for at in range(middle - BLOCK_M, begin - 1, -BLOCK_M):
@@ -113,13 +114,13 @@ def _multiply(
                 operands = _operands(k_sm, v_sm, q_sm, do_sm, count, GROUP, D, BLOCK_M, STAGES)
                 dk, dv = _step(
                     dk, dv, operands, of_steps, barriers, count, before, at, low, scale_2,
-                    GROUP, D, BLOCK_M, STAGES, True, s_layout, p_layout, dq_layout,
+                    GROUP, D, BLOCK_M, STAGES, True, True, s_layout, p_layout, dq_layout,
                 )  # fmt: skip
                 count += 1
         if count > before:
             mbarrier.arrive(kv_empty.index(1), count=1)
         k_half = k_sm.index(0).reshape([BLOCK_N, D]).slice(GROUP * (D // 2), D // 2, 1)
-        dq = _multiply_dq(k_half, ds_sm, ds_full, count, D, BLOCK_M, dq_layout)
+        dq = _multiply_dq(k_half, ds_sm, ds_full, count, D, BLOCK_M, True, dq_layout)
         # Once more from memory: registers are scarce in the loops.
         slot = turn % TILES
         kind, block, head, k_start, k_length, _s, q_length, _r = _told(tile_sm, slot, 4)

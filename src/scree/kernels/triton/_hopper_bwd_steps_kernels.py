@@ -26,6 +26,31 @@ SLOTS = gl.constexpr(4)  # for dS in shared memory
 
 
 @gluon.jit
+def _turn(count, PLACES: gl.constexpr, STAYS: gl.constexpr):
+    """(place, phase) of use `count` of places in turn.
+
+    The same numbers either way. By masks, a loop over tiles leaves the compiler fewer of them to keep in registers.
+    """
+    if STAYS:
+        place = count & PLACES - 1
+        phase = (count & PLACES) // PLACES
+    else:
+        place = count % PLACES
+        phase = count // PLACES & 1
+    return place, phase
+
+
+@gluon.jit
+def _of(x, stage, STAYS: gl.constexpr):
+    """x of a stage, or x if a kernel whose programs stay found it already: the other is 1% faster by looking each time."""
+    if STAYS:
+        found = x
+    else:
+        found = x.index(stage)
+    return found
+
+
+@gluon.jit
 def _leave(dq_sm, dq_full, dq_empty, dq, count, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, WIDTH: gl.constexpr):
     """Leave dq of block ``count - 1`` to be added, in the order in which the threads hold it (see `_in_order`)."""
     x = gl.reshape(dq, [BLOCK_M // 16, 2, 8, WIDTH // 8, 4, 2])
@@ -37,11 +62,13 @@ def _leave(dq_sm, dq_full, dq_empty, dq, count, GROUP: gl.constexpr, BLOCK_M: gl
 
 
 @gluon.jit
-def _multiply_dq(k_half, ds_sm, ds_full, count, D: gl.constexpr, BLOCK_M: gl.constexpr, DQ_LAYOUT: gl.constexpr):
+def _multiply_dq(
+    k_half, ds_sm, ds_full, count,
+    D: gl.constexpr, BLOCK_M: gl.constexpr, STAYS: gl.constexpr, DQ_LAYOUT: gl.constexpr,
+):  # fmt: skip
     """Issue dQ of block ``count - 1``, once both warpgroups have left its dS in shared memory."""
-    before = count + SLOTS - 1
-    slot = before & SLOTS - 1
-    mbarrier.wait(ds_full.index(slot), (before & SLOTS) // SLOTS ^ 1)
+    slot, phase = _turn(count + SLOTS - 1, SLOTS, STAYS)
+    mbarrier.wait(ds_full.index(slot), phase ^ 1)
     zeros = gl.zeros([BLOCK_M, D // 2], gl.float32, layout=DQ_LAYOUT)
     return warpgroup_mma(ds_sm.index(slot).permute((1, 0)), k_half, zeros, use_acc=False, is_async=True)
 
@@ -50,7 +77,7 @@ def _multiply_dq(k_half, ds_sm, ds_full, count, D: gl.constexpr, BLOCK_M: gl.con
 def _step(
     dk, dv, operands, memory, barriers, count, before, at, low, scale,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
-    S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, DQ_LAYOUT: gl.constexpr,
+    STAYS: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, DQ_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """The queries from `at`, and keys ``64 * GROUP`` to ``64 * GROUP + 64`` of the tile; and dQ of the block before, which is left to be added while dK is multiplied.
 
@@ -65,16 +92,15 @@ def _step(
     k, v, k_half, q, do = operands
     lse_sm, delta_sm, ds_sm, dq_sm = memory
     q_full, do_full, q_empty, do_empty, ds_full, dq_full, dq_empty = barriers
-    stage = count & STAGES - 1
-    phase = (count & STAGES) // STAGES
+    stage, phase = _turn(count, STAGES, STAYS)
     zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, layout=S_LAYOUT)
     mbarrier.wait(q_full.index(stage), phase)
     s = zeros + lse_sm.index(stage).load(S_LAYOUT)
     mbarrier.wait(do_full.index(stage), phase)
     dp = zeros + delta_sm.index(stage).load(S_LAYOUT)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    s = warpgroup_mma(k, q.permute((1, 0)), s, is_async=True)
-    dp = warpgroup_mma(v, do.permute((1, 0)), dp, is_async=True)
+    s = warpgroup_mma(k, _of(q, stage, STAYS).permute((1, 0)), s, is_async=True)
+    dp = warpgroup_mma(v, _of(do, stage, STAYS).permute((1, 0)), dp, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     p = gl.exp2(s * scale)
     if MASKED:
@@ -82,14 +108,14 @@ def _step(
         p = gl.where(rows >= gl.expand_dims(low - at, 1), p, 0.0)
     pb = gl.convert_layout(p.to(k.dtype), P_LAYOUT)
     dp = warpgroup_mma_wait(0, deps=(dp,))
-    dv = warpgroup_mma(pb, do, dv, is_async=True)
+    dv = warpgroup_mma(pb, _of(do, stage, STAYS), dv, is_async=True)
     ds = (p * dp).to(k.dtype)
-    slot = count & SLOTS - 1
+    slot, _phase = _turn(count, SLOTS, STAYS)
     ds_sm.index(slot).slice(GROUP * ROWS, ROWS, 0).store(ds)
     fence_async_shared()
     mbarrier.arrive(ds_full.index(slot), count=1)
-    dq = _multiply_dq(k_half, ds_sm, ds_full, count, D, BLOCK_M, DQ_LAYOUT)
-    dk = warpgroup_mma(gl.convert_layout(ds, P_LAYOUT), q, dk, is_async=True)
+    dq = _multiply_dq(k_half, ds_sm, ds_full, count, D, BLOCK_M, STAYS, DQ_LAYOUT)
+    dk = warpgroup_mma(gl.convert_layout(ds, P_LAYOUT), _of(q, stage, STAYS), dk, is_async=True)
     dv = warpgroup_mma_wait(2, deps=(dv,))
     mbarrier.arrive(do_empty.index(stage), count=1)
     dq = warpgroup_mma_wait(1, deps=(dq,))

@@ -16,42 +16,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._attention_fwd_kernels import _span, _tile
+from ._attention_fwd_kernels import _span
+from ._hopper_fwd_copy_kernels import BLOCK_M, END, FIELDS, GROUPS, ROWS, _copy, _ragged
 from ._tiles_kernels import ABSENT, SPARE
-from ._tiles_kernels import FIELDS as TILE_FIELDS
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-GROUPS = gl.constexpr(2)  # that multiply
-ROWS = gl.constexpr(64)  # of a tile, for each of them
-BLOCK_M = gl.constexpr(128)
-FIELDS = gl.constexpr(6)  # of a tile, in shared memory
-END = gl.constexpr(2**30)
-FAR = gl.constexpr(2**34)
-UNBOUNDED = gl.constexpr(0x7FFF0000)
 
-# Names that Triton 3.8 changed.
-_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-
-@gluon.jit
-def _ragged(ptr, stride_t, columns, BLOCK: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
-    """Describe (T, columns) to the copy engine so that each box can end with a sequence: beyond, it reads zeros.
-
-    Its element (a, b, c, d) is at ``a * (FAR - stride_t) + b * stride_t + c * stride_t + d``, in 64 bits that wrap
-    around. Row r of a sequence is asked for at a = END, b = start + length, c = END - length + r: the terms with END
-    cancel, what is left is ``(start + r) * stride_t``, and c is within its bound, END, as long as r < length.
-    """
-    far: gl.constexpr = FAR
-    return tma.make_tensor_descriptor(
-        ptr, [UNBOUNDED, UNBOUNDED, END, columns], [far - stride_t, stride_t, stride_t, 1], [1, 1, BLOCK, WIDTH], LAYOUT
-    )
-
-
-@gluon.jit
-def _load(desc, start, length, row, column, barrier, to):
-    _tma_load(desc, [END, start + length, END - length + row, column], barrier, to)
+_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global  # as Triton 3.8 calls it
 
 
 @gluon.jit
@@ -63,12 +35,6 @@ def _store(desc, start, length, row, column, source):
 def _read(memory, place):
     """A number that the copying warp wrote, for a warpgroup."""
     return gl.max(memory.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-
-
-@gluon.jit
-def _write(memory, place, value):
-    """A number for the warpgroups, from the copying warp."""
-    memory.index(place).store(gl.full([1], value, gl.int32, layout=gl.BlockedLayout([1], [32], [1], [0])))
 
 
 @gluon.jit
@@ -187,6 +153,7 @@ def _multiply(
     GROUP: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     SOFTCAP: gl.constexpr, SCALED: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr, BRIEF: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):  # fmt: skip
     """One of the warpgroups that multiply: rows ``64 * GROUP`` to ``64 * GROUP + 64`` of every tile."""
     q_sm, k_sm, v_sm, o_sm, tile_sm = memory
@@ -302,7 +269,7 @@ def _multiply(
             lse = (gl.where(none, 0.0, top) + gl.log2(total)) * LN2
         lse = gl.where(none, float("-inf"), lse)
         lse = gl.where(kind == SPARE, 0.0, lse)
-        if LSE:
+        if LSE and not AHEAD:
             gl.store(lse_ptr + (head.to(gl.int64) * total_q + q_start) + rows, lse, mask=rows < q_length)
         tma.store_wait(0)  # the last tile's copy reads from where this one's goes
         o = warpgroup_mma_wait(0, deps=(o,))
@@ -311,75 +278,12 @@ def _multiply(
         o_tile.reshape([ROWS, D_V]).store(o.to(q.dtype))
         fence_async_shared()
         _store(o_desc, q_start, q_length, row, (head * stride_o_h).to(gl.int32), o_tile)
+        if LSE and AHEAD:
+            gl.store(lse_ptr + (head.to(gl.int64) * total_q + q_start) + rows, lse, mask=rows < q_length)
         turn += 1
         mbarrier.wait(tile_full.index(turn % TILES), turn // TILES & 1)
         kind = _read(tile_sm, turn % TILES * FIELDS)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _copy(
-    memory, barriers, arguments,
-    HEADS: gl.constexpr, SHARED: gl.constexpr, INNER: gl.constexpr, BLOCK_N: gl.constexpr, TILES: gl.constexpr,
-    STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-):  # fmt: skip
-    """The warp that copies: takes tiles, tells the others which, and fetches what they need in the order of their use."""
-    q_sm, k_sm, v_sm, _, tile_sm = memory
-    tile_full, tile_empty, k_full, k_empty, v_full, v_empty = barriers
-    q_desc, k_desc, v_desc, tiles_ptr, stride_q_h, stride_k_h, stride_v_h, slots, left, right = arguments
-    turn = 0
-    count = 0
-    counters = tiles_ptr + slots.to(gl.int64) * TILE_FIELDS
-    index = gl.program_id(0)
-    while index < slots * HEADS:
-        outer = index // INNER
-        head = index % INNER
-        if INNER != HEADS:
-            head += outer // slots * INNER
-            outer = outer % slots
-        kind, q_from, q_length, k_from, k_length, block, _row = _tile(tiles_ptr, outer)
-        if kind != ABSENT:
-            slot = turn % TILES
-            q_start = q_from.to(gl.int32)
-            k_start = k_from.to(gl.int32)
-            mbarrier.wait(tile_empty.index(slot), (turn // TILES & 1) ^ 1)
-            _write(tile_sm, slot * FIELDS, kind)
-            _write(tile_sm, slot * FIELDS + 1, q_start)
-            _write(tile_sm, slot * FIELDS + 2, q_length)
-            _write(tile_sm, slot * FIELDS + 3, k_length)
-            _write(tile_sm, slot * FIELDS + 4, block)
-            _write(tile_sm, slot * FIELDS + 5, head)
-            full = tile_full.index(slot)
-            mbarrier.arrive(full, count=1)
-            mbarrier.expect(full, GROUPS * q_desc.block_type.nbytes)
-            q_column = (head * stride_q_h).to(gl.int32)
-            for group in gl.static_range(GROUPS):
-                to = q_sm.index(slot * GROUPS + group)
-                _load(q_desc, q_start, q_length, block * BLOCK_M + group * ROWS, q_column, full, to)
-            begin, _a, _b, end = _span(block, q_length, k_length, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
-            steps = gl.maximum((end - begin + BLOCK_N - 1) // BLOCK_N, 1)
-            k_column = (head // SHARED * stride_k_h).to(gl.int32)
-            v_column = (head // SHARED * stride_v_h).to(gl.int32)
-            for i in range(steps):
-                at = begin + (steps - 1 - i) * BLOCK_N
-                stage = count % STAGES
-                free = (count // STAGES & 1) ^ 1
-                mbarrier.wait(k_empty.index(stage), free)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                _load(k_desc, k_start, k_length, at, k_column, k_full.index(stage), k_sm.index(stage))
-                mbarrier.wait(v_empty.index(stage), free)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                _load(v_desc, k_start, k_length, at, v_column, v_full.index(stage), v_sm.index(stage))
-                count += 1
-            turn += 1
-        index = gl.num_programs(0) + gl.atomic_add(counters, 1, sem="relaxed").to(gl.int32)
-    slot = turn % TILES
-    mbarrier.wait(tile_empty.index(slot), (turn // TILES & 1) ^ 1)
-    _write(tile_sm, slot * FIELDS, ABSENT)
-    mbarrier.arrive(tile_full.index(slot), count=2)
-    if gl.atomic_add(counters + 1, 1) == gl.num_programs(0) - 1:  # all have taken their last: ready for the next launch
-        gl.store(counters, 0)
-        gl.store(counters + 1, 0)
 
 
 @gluon.jit(do_not_specialize=["total_q", "slots", "scale", "softcap", "left", "right"])
@@ -391,6 +295,7 @@ def _hopper_fwd_kernel(
     HEADS: gl.constexpr, SHARED: gl.constexpr, INNER: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     SOFTCAP: gl.constexpr, SCALED: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr, BRIEF: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys, last block first; the LSE in `lse` (H, T)."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -425,14 +330,16 @@ def _hopper_fwd_kernel(
     barriers = (tile_full, tile_empty, k_full, k_empty, v_full, v_empty)
     multiplied = (o_desc, sinks_ptr, lse_ptr, stride_o_h, total_q, scale, softcap, left, right)
     copied = (q_desc, k_desc, v_desc, tiles_ptr, stride_q_h, stride_k_h, stride_v_h, slots, left, right)
+    many: gl.constexpr = 232 if AHEAD else 240  # registers of a thread
+    few: gl.constexpr = 32 if AHEAD else 24
     gl.warp_specialize([
         (_multiply, (
             memory, barriers, multiplied, 0, D, D_V, BLOCK_N, TILES, STAGES,
-            HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, LSE, BRIEF,
+            HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, LSE, BRIEF, AHEAD,
         )),
         (_multiply, (
             memory, barriers, multiplied, 1, D, D_V, BLOCK_N, TILES, STAGES,
-            HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, LSE, BRIEF,
+            HAS_LEFT, HAS_RIGHT, SOFTCAP, SCALED, SINKS, LSE, BRIEF, AHEAD,
         )),
-        (_copy, (memory, barriers, copied, HEADS, SHARED, INNER, BLOCK_N, TILES, STAGES, HAS_LEFT, HAS_RIGHT)),
-    ], [4, 1], [240, 24])  # fmt: skip
+        (_copy, (memory, barriers, copied, HEADS, SHARED, INNER, BLOCK_N, TILES, STAGES, HAS_LEFT, HAS_RIGHT, AHEAD)),
+    ], [4, 1], [many, few])  # fmt: skip
