@@ -13,7 +13,8 @@ def table(measured: dict[str, Any]) -> str:
     ceilings = measured["ceilings"]
     lines = [
         f"Medians of interleaved rounds, time on the device, inputs and outputs out of cache. {measured['device']}, driver "
-        f"{measured['driver']}; {measured['system']}; {versions}; commit {measured['commit'][:10]}{changed}.",
+        f"{measured['driver']}; {measured['system']}; {versions}; commit {measured['commit'][:10]}{changed}. "
+        f"{measured.get('remark', '')}".rstrip(),
         "",
         f"Measured in the same run: a copy moves {ceilings['copy_tbs']:.2f} TB/s, read and written; a bf16 product of "
         f"matrices makes {ceilings['matmul_tflops']:.0f} TFLOP/s. Host is the time in which Python issues a call, in "
