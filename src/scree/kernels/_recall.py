@@ -86,6 +86,11 @@ def whatever_lengths(key: Key, arrays: tuple[Array, ...]) -> Key | None:
     """
     op, dim, given, facts = key
     total = arrays[0]._values.shape[dim]
-    if any(arr._values.shape[dim] != total for arr in arrays):
-        return None
-    return op, dim, given, tuple(x[:dim] + x[dim + 1 :] if isinstance(x, tuple) else x for x in facts)
+    others: list[Any] = []
+    for fact in facts:
+        if isinstance(fact, tuple):  # a shape, as they are in every framework
+            if fact[dim] != total:
+                return None
+            fact = fact[:dim] + fact[dim + 1 :]
+        others.append(fact)
+    return op, dim, given, tuple(others)

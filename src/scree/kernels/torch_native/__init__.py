@@ -6,11 +6,15 @@ opaque call whose offsets are known when it runs.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
+from ..._array import Array
+from . import _attention
 from ._attention import attend
 from ._norm import varlen_layernorm, varlen_rmsnorm
 from ._rope import varlen_rope
@@ -30,3 +34,10 @@ def why_not(op: str, *args: Any, **options: Any) -> str | None:
     if forward_ad._current_level >= 0:
         return "it has no forward-mode derivative"
     return None
+
+
+def bind(op: str, arrays: tuple[Array, ...], options: dict[str, Any]) -> Callable[..., Any]:
+    """Return a function that computes an op of arrays like these, with these options, in little time on the host."""
+    if op == "varlen_attention":
+        return _attention.bind(**options)
+    return functools.partial(globals()[op], **options)

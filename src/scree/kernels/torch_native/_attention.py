@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,15 +34,32 @@ def _forward(
     k_offsets: Tensor,
     sinks: Tensor | None,
     *flat: Any,
-    differentiable: bool = True,
+) -> tuple[Tensor, Tensor]:
+    return _compute(q, k, v, *_bounds(q_offsets, k_offsets), sinks, FlatOptions(*flat), differentiable=True)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    sinks, *flat = rest
+    return _compute(q, k, v, *_bounds(q_offsets, k_offsets), sinks, FlatOptions(*flat), differentiable=False)
+
+
+def _compute(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_bounds: HostInts,
+    k_bounds: HostInts,
+    sinks: Tensor | None,
+    options: FlatOptions,
+    *,
+    differentiable: bool,
 ) -> tuple[Tensor, Tensor]:
     """o (T, H, D_v) and lse (T, H), in the wide dtype; zeros beyond the last row.
 
     o may be in the dtype of q where no backward reads it, and lse is of no size where neither the caller nor the backward reads it.
     """
-    options = FlatOptions(*flat)
     limits, scale, softcap = options.sides, options.scale, options.softcap
-    bounds = _bounds(q_offsets, k_offsets)
+    bounds = q_bounds, k_bounds
     if softcap or not _has_kernel(q):
         o, lse = _dense.forward(q, k, v, *bounds, scale, limits, softcap)
     else:
@@ -115,7 +132,7 @@ attention = Operator(
     "varlen_attention",
     f"({_INPUTS}, {_REST}) -> (Tensor, Tensor)",
     _forward,
-    plain=functools.partial(_forward, differentiable=False),
+    plain=_plain,
     keep=_keep,
     backward=_grads,
 )
@@ -142,14 +159,25 @@ def attend(
     """Compute `scree.kernels.varlen_attention`, one sequence after the other, each without its neighbours' memory."""
     op = "varlen_attention"
     q_offsets = offsets_of(op, q)
-    o, lse = attention(
-        q.values,
-        k.values,
-        v.values,
-        q_offsets,
-        q_offsets if k.offsets is q.offsets else offsets_of(op, k),
-        sinks,
-        *options.flat(),
-    )
-    out = q.with_values(o if o.dtype == q.dtype else o.to(q.dtype))
+    k_offsets = q_offsets if k.offsets is q.offsets else offsets_of(op, k)
+    return _arrays(q, options, *attention(q.values, k.values, v.values, q_offsets, k_offsets, sinks, *options.flat()))
+
+
+def bind(options: AttentionOptions) -> Callable[..., tuple[Array, Array] | Array]:
+    """`attend` with options, for Arrays on the same offsets that no compiler and no transformation sees."""
+    flat = options.flat()
+
+    def call(q: Array, k: Array, v: Array, sinks: Tensor | None) -> tuple[Array, Array] | Array:
+        of_q, of_k, of_v = q._values, k._values, v._values
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (of_q, of_k, of_v, sinks)):
+            return attend(q, k, v, sinks, options)
+        bounds = q._host_offsets("varlen_attention")
+        return _arrays(q, options, *_compute(of_q, of_k, of_v, bounds, bounds, sinks, flat, differentiable=False))
+
+    return call
+
+
+def _arrays(q: Array, options: AttentionOptions, o: Tensor, lse: Tensor) -> tuple[Array, Array] | Array:
+    o = o if o.dtype == q._values.dtype else o.to(q._values.dtype)
+    out = Array._make(o, q._offsets, q._ragged_dim, q._structure)
     return (out, q.with_values(lse.to(torch.float32))) if options.return_lse else out
