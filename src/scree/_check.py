@@ -102,22 +102,18 @@ def integers(xp: Backend, x: Dense, name: str) -> None:
             raise TypeError(f"{name}: {xp.NAME} cannot calculate with {dtype}; needs int32 or int64") from None
 
 
-def _fall(offsets: HostInts) -> bool:
-    """Whether offsets fall anywhere."""
-    if len(offsets) <= _FEW:  # in a list it takes less than the calls of NumPy
-        listed = offsets.tolist()
-        return sorted(listed) != listed
-    return bool((offsets[1:] < offsets[:-1]).any())
-
-
 def host_offsets(offsets: HostInts, total: int, spare: bool) -> None:
     """Refuse offsets, known on the host, that do not describe `total` values."""
-    if offsets[0] != 0:
-        raise ValueError(f"offsets[0]: got {offsets[0]}; needs 0")
-    if _fall(offsets):
+    if len(offsets) <= _FEW:  # in a list it takes less than the calls of NumPy
+        listed = offsets.tolist()
+        first, last, fall = listed[0], listed[-1], sorted(listed) != listed
+    else:
+        first, last, fall = offsets[0], int(offsets[-1]), bool((offsets[1:] < offsets[:-1]).any())
+    if first != 0:
+        raise ValueError(f"offsets[0]: got {first}; needs 0")
+    if fall:
         i = int((offsets[1:] < offsets[:-1]).argmax()) + 1
         raise ValueError(f"offsets[{i}]: got {offsets[i]} after {offsets[i - 1]}; offsets must never fall")
-    last = int(offsets[-1])
     if last > total or (last < total and not spare):
         need = f"at most {total}" if spare else f"{total}"
         raise ValueError(f"offsets[-1]: got {last}; needs {need}, the size of the ragged axis of values")

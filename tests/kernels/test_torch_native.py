@@ -37,6 +37,7 @@ def attend(q, k, v, **options):
 
 CALLS = {
     "attention": lambda a: attend(a, a, a).values,
+    "all": lambda a: kernels.varlen_attention(a, a, a, implementation=NAME).values,
     "softcap": lambda a: attend(a, a, a, softcap=2.0).values,
     "softmax": lambda a: kernels.varlen_softmax(a, implementation=NAME).values,
     "reduce": lambda a: kernels.varlen_reduce(a, "logsumexp", implementation=NAME),
@@ -183,7 +184,7 @@ def rows_alone(th, lengths, features, call, seed=0, shift=0):
     "lengths", [(1, 33, 17, 33, 5), (200, 97, 200, 31), (800, 3, 520), (127, 143, 191, 193, 277, 128)], ids=str
 )
 @pytest.mark.parametrize("heads", [(1, 16), (2, 5), (3, 64), (8, 64)], ids=str)
-@pytest.mark.parametrize("name", ["attention", "softcap"])
+@pytest.mark.parametrize("name", ["attention", "all", "softcap"])
 @pytest.mark.parametrize("shift", [0, 3])
 def test_attention_of_a_row_alone_at_many_sizes(th, lengths, heads, name, shift):
     rows_alone(th, lengths, heads, CALLS[name], shift=shift)

@@ -247,7 +247,7 @@ def to_host(x: Dense) -> HostArray:
 
 
 def host_view(x: Dense) -> HostArray | None:
-    if torch.compiler.is_compiling() or type(x) not in PLAIN or x.device.type != "cpu" or x.layout != torch.strided:
+    if torch.compiler.is_compiling() or type(x) not in PLAIN or not x.is_cpu or x.layout != torch.strided:
         return None
     if (x.requires_grad and torch.is_grad_enabled()) or _is_wrapped(x) or is_recorded() or _is_dual(x):
         return None

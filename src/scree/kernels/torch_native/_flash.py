@@ -5,7 +5,8 @@ where torch itself would have put it alone. For the same reason rows are not sta
 which of its buffers, would be another.
 
 Under a causal mask the kernel multiplies each query with whole blocks of 512 keys, most of which a row of that length
-hides: such a row goes in span by span, each with the keys that it sees.
+hides: such a row goes in span by span, each with the keys that it sees. The loops over such rows, and over those without
+a mask, are in `_loops`; rows with a mask of their own are computed here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _CAUSAL: _Limits = (None, 0)
 _LINE = 64  # bytes
 _QUERIES = 512  # of a span with a mask, whose memory is this times the keys
 _SPANS = (64, 96)  # queries of a span of a causal row: where a query takes much to compute, and where it takes little
-_MUCH = 256  # heads times their features and exponentials, for every thread
+_MUCH = 128  # heads times their features and exponentials, for every thread
 _EXPONENTIAL = 32  # features that take as long as the exponential of a score
 _SPLIT_MAX = 1024  # tokens of a row that is cut into spans
 _LARGE = 1 << 20  # elements
@@ -281,7 +282,7 @@ def backward(
                     loop(*of_row, [n], [m], *how)
                     calls.append(n)
                 else:
-                    calls += _masked_backward(*of_row, shape, scale, limits, keys)
+                    calls += _masked_backward(of_row, shape, scale, limits, keys)
         if apart is None and limits != (None, None) and not witnesses_finite(dq, calls):
             apart = not_finite(k, v, k_offsets, limits)
             if apart:
@@ -290,21 +291,10 @@ def backward(
 
 
 def _masked_backward(
-    g: Tensor,
-    q: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    shape: _Shape,
-    scale: float,
-    limits: _Limits,
-    keys: list[int],
+    of_row: tuple[Tensor, ...], shape: _Shape, scale: float, limits: _Limits, keys: list[int]
 ) -> list[int]:
     """Write dq, dk and dv of one row, as `_masked`."""
+    g, q, o, lse, dq, k, v, dk, dv = of_row  # as the loops take them
     n, m, dtype = q.shape[2], k.shape[2], lse.dtype
     g, q, k, v = g.to(dtype), q.to(dtype), k.to(dtype), v.to(dtype)
     parts = _parts(n, m, limits, keys)

@@ -66,7 +66,7 @@ def forward(
                 qr, kr, vr = qr.to(dtype), kr.to(dtype), vr.to(dtype)
             last = last_span(end, step, right) if causal else 0
             if last == 0:
-                y, z = torch._scaled_dot_product_flash_attention_for_cpu(qr, kr, vr, 0.0, causal, scale=scale)
+                y, z = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(qr, kr, vr, 0.0, causal, scale=scale)
                 # Written at once: its memory serves the next call, and is in the cache.
                 os[row].copy_(y.narrow(3, 0, features) if narrower else y)
                 if lse is not None:
@@ -77,7 +77,7 @@ def forward(
                     mask: Tensor | None = None
                     if first > 0:
                         mask = corner[below - some :, right - first - some :]
-                    y, z = torch._scaled_dot_product_flash_attention_for_cpu(
+                    y, z = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                         qr.narrow(2, first, some),
                         kr.narrow(2, 0, first + some),
                         vr.narrow(2, 0, first + some),
