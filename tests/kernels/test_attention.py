@@ -60,13 +60,14 @@ def test_oracle_in_every_dtype(xp, floating, implementation, name):
     check(xp, BY_NAME[name], floating, implementation)
 
 
-def test_lse_changes_nothing(xp, implementation):
-    case = BY_NAME["grouped"]
-    q, k, v, _ = case.make(xp)
-    out = attend(q, k, v, implementation, **case.options)
+@pytest.mark.parametrize("name", ["grouped", "sinks cross causal"])
+def test_lse_changes_nothing(xp, implementation, name):
+    case = BY_NAME[name]
+    q, k, v, sinks = case.make(xp)
+    out = attend(q, k, v, implementation, **case.arguments(sinks))
     assert isinstance(out, scree.Array)
     assert out.offsets is q.offsets
-    with_lse, _ = attend(q, k, v, implementation, return_lse=True, **case.options)
+    with_lse, _ = attend(q, k, v, implementation, return_lse=True, **case.arguments(sinks))
     assert_same_bits(xp.to_np(out.values), xp.to_np(with_lse.values))
 
 
@@ -219,9 +220,16 @@ def test_sinks_beyond_the_range_of_exp(xp, implementation):
         assert_close(wide(xp, lse), want_lse, "float32")
 
 
-def test_a_zero_scale_is_a_scale(xp, implementation):
-    case = Attention("zero", options={"scale": 0.0})
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+@pytest.mark.parametrize("limits", [{}, {"causal": True}, {"window_size": (2, 0)}], ids=["all", "causal", "window"])
+def test_any_number_is_a_scale(xp, implementation, limits, scale):
+    case = Attention("scale", options={"scale": scale, **limits})
     check(xp, case, "float32", implementation)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_gradients_with_any_scale(grad_xp, implementation, scale):
+    check_gradients(grad_xp, Attention("scale", options={"causal": True, "scale": scale}), "float32", implementation)
 
 
 def test_the_same_offsets_by_value(xp, implementation):
