@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "varlen_attention",
+    "varlen_attention_triton",
     "varlen_layernorm",
     "varlen_layernorm_triton",
     "varlen_reduce",
