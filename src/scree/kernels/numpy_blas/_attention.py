@@ -110,7 +110,7 @@ def by_blocks(
                     place = slice(start + span.first, start + span.last)
                     target = o[place, of_q].reshape(y.shape[3], *y.shape[:2], v_dim).transpose(1, 2, 0, 3)
                     np.divide(y[:, :, i], total[:, :, i], out=target, casting="unsafe")
-                    if return_lse:
+                    if return_lse and z is not None:
                         lse[place, of_q] = z[:, :, i].reshape(-1, y.shape[3]).T
 
     tasks, threads = _tasks(q_offsets, k_offsets, kv_heads, group)

@@ -17,9 +17,13 @@ from ._common import Operator, host, offsets_of, wide
 _Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-def _has_kernel(q: Tensor, scale: float, softcap: float) -> bool:
-    """Whether the CPU's flash kernel serves: under its own causal mask it multiplies -inf by the scale."""
-    return q.device.type == "cpu" and scale > 0 and not softcap
+def _has_kernel(q: Tensor) -> bool:
+    return q.device.type == "cpu"
+
+
+def _is_dense(q: Tensor, scale: float, softcap: float) -> bool:
+    """Whether the CPU's flash kernel does not serve: under its own causal mask it multiplies -inf by the scale."""
+    return softcap > 0 or scale <= 0 or not _has_kernel(q)
 
 
 def _bounds(q_offsets: Tensor, k_offsets: Tensor) -> tuple[HostInts, HostInts]:
@@ -61,7 +65,7 @@ def _compute(
     """
     limits, scale, softcap = options.sides, options.scale, options.softcap
     bounds = q_bounds, k_bounds
-    if not _has_kernel(q, scale, softcap):
+    if _is_dense(q, scale, softcap):
         o, lse = _dense.forward(q, k, v, *bounds, scale, limits, softcap)
     else:
         lse_is_read = options.return_lse or differentiable or sinks is not None
@@ -94,7 +98,7 @@ def _backward(
     limits, scale, softcap = options.sides, options.scale, options.softcap
     bounds = _bounds(q_offsets, k_offsets)
     g_lse = grad_lse if options.return_lse else None
-    if not _has_kernel(q, scale, softcap):
+    if _is_dense(q, scale, softcap):
         dq, dk, dv = _dense.backward(grad_o, g_lse, q, k, v, o, lse, *bounds, scale, limits, softcap)
     else:
         dq, dk, dv = _flash.backward(grad_o, g_lse, q, k, v, o, lse, *bounds, scale, limits)
