@@ -11,40 +11,26 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from ._hopper_bwd_add_kernels import _take
 from ._hopper_bwd_dq_kernels import TAKEN
 from ._hopper_bwd_steps_kernels import BLOCK_N, _place, _steps
-from ._hopper_fwd_copy_kernels import _load, _ragged
+from ._hopper_fwd_copy_kernels import _load, _ragged, _read, _tma_load, _write
 from ._tiles_kernels import ABSENT
 from ._tiles_kernels import ROWS as PRESENT
 
 TILES = gl.constexpr(2)  # that are known to a program at once
 FIELDS = gl.constexpr(8)  # of a tile, in shared memory
 
-# Triton 3.8 renamed it.
-_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-
-
-@gluon.jit
-def _tell(memory, place, value):
-    """Write a number of a tile, from the warp that takes them."""
-    memory.index(place).store(gl.full([1], value, gl.int32, layout=gl.BlockedLayout([1], [32], [1], [0])))
-
-
-@gluon.jit
-def _told_one(tile_sm, place, WARPS: gl.constexpr):
-    return gl.max(tile_sm.index(place).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
-
 
 @gluon.jit
 def _told(tile_sm, slot, WARPS: gl.constexpr):
     """What a tile is: (kind, block, head, start and length of its keys, and of their queries, number of the sequence)."""
     place = slot * FIELDS
-    kind = _told_one(tile_sm, place, WARPS)
-    block = _told_one(tile_sm, place + 1, WARPS)
-    head = _told_one(tile_sm, place + 2, WARPS)
-    k_start = _told_one(tile_sm, place + 3, WARPS)
-    k_length = _told_one(tile_sm, place + 4, WARPS)
-    q_start = _told_one(tile_sm, place + 5, WARPS)
-    q_length = _told_one(tile_sm, place + 6, WARPS)
-    row = _told_one(tile_sm, place + 7, WARPS)
+    kind = _read(tile_sm, place, WARPS)
+    block = _read(tile_sm, place + 1, WARPS)
+    head = _read(tile_sm, place + 2, WARPS)
+    k_start = _read(tile_sm, place + 3, WARPS)
+    k_length = _read(tile_sm, place + 4, WARPS)
+    q_start = _read(tile_sm, place + 5, WARPS)
+    q_length = _read(tile_sm, place + 6, WARPS)
+    row = _read(tile_sm, place + 7, WARPS)
     return kind, block, head, k_start, k_length, q_start, q_length, row
 
 
@@ -125,14 +111,14 @@ def _take_and_fetch(
             q_start = q_from.to(gl.int32)
             slot = turn % TILES
             mbarrier.wait(tile_empty.index(slot), (turn // TILES & 1) ^ 1)
-            _tell(tile_sm, slot * FIELDS, kind)
-            _tell(tile_sm, slot * FIELDS + 1, block)
-            _tell(tile_sm, slot * FIELDS + 2, head)
-            _tell(tile_sm, slot * FIELDS + 3, k_start)
-            _tell(tile_sm, slot * FIELDS + 4, k_length)
-            _tell(tile_sm, slot * FIELDS + 5, q_start)
-            _tell(tile_sm, slot * FIELDS + 6, q_length)
-            _tell(tile_sm, slot * FIELDS + 7, row.to(gl.int32))
+            _write(tile_sm, slot * FIELDS, kind)
+            _write(tile_sm, slot * FIELDS + 1, block)
+            _write(tile_sm, slot * FIELDS + 2, head)
+            _write(tile_sm, slot * FIELDS + 3, k_start)
+            _write(tile_sm, slot * FIELDS + 4, k_length)
+            _write(tile_sm, slot * FIELDS + 5, q_start)
+            _write(tile_sm, slot * FIELDS + 6, q_length)
+            _write(tile_sm, slot * FIELDS + 7, row.to(gl.int32))
             mbarrier.arrive(tile_full.index(slot), count=1)
             tile = (block, head, k_start, k_length, q_start, q_length, row.to(gl.int32))
             count, fetched = _fetch(
@@ -144,7 +130,7 @@ def _take_and_fetch(
     gdc_launch_dependents()
     slot = turn % TILES
     mbarrier.wait(tile_empty.index(slot), (turn // TILES & 1) ^ 1)
-    _tell(tile_sm, slot * FIELDS, ABSENT)
+    _write(tile_sm, slot * FIELDS, ABSENT)
     mbarrier.arrive(tile_full.index(slot), count=1)
 
 

@@ -13,11 +13,9 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from ._hopper_bwd_add_kernels import LINE, _add, _done, _take
 from ._hopper_bwd_dq_kernels import DONE, TURNS, _divisor
 from ._hopper_bwd_steps_kernels import BLOCK_N, LOG2E, NEVER, ROWS, SLOTS, _leave, _multiply_dq, _place, _step, _steps
+from ._hopper_fwd_copy_kernels import _tma_load
 from ._tiles_kernels import ABSENT
 from ._tiles_kernels import ROWS as PRESENT
-
-# Triton 3.8 renamed it.
-_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit

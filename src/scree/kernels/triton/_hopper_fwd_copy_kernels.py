@@ -40,8 +40,14 @@ def _load(desc, start, length, row, column, barrier, to):
 
 @gluon.jit
 def _write(memory, place, value):
-    """A number for the warpgroups, from the copying warp."""
+    """Write a number for the other warps, from the copying one."""
     memory.index(place).store(gl.full([1], value, gl.int32, layout=gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def _read(memory, place, WARPS: gl.constexpr):
+    """A number that the copying warp wrote, for so many warps."""
+    return gl.max(memory.index(place).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
 
 
 @gluon.jit

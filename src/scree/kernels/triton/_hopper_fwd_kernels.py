@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._attention_fwd_kernels import _span
-from ._hopper_fwd_copy_kernels import BLOCK_M, END, FIELDS, GROUPS, ROWS, _copy, _ragged
+from ._hopper_fwd_copy_kernels import BLOCK_M, END, FIELDS, GROUPS, ROWS, _copy, _ragged, _read
 from ._tiles_kernels import ABSENT, SPARE
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -29,12 +29,6 @@ _tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_globa
 @gluon.jit
 def _store(desc, start, length, row, column, source):
     _tma_store(desc, [END, start + length, END - length + row, column], source)
-
-
-@gluon.jit
-def _read(memory, place):
-    """A number that the copying warp wrote, for a warpgroup."""
-    return gl.max(memory.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
@@ -171,13 +165,13 @@ def _multiply(
     turn = 0
     count = 0
     mbarrier.wait(tile_full.index(0), 0)
-    kind = _read(tile_sm, 0)
+    kind = _read(tile_sm, 0, 4)
     while kind != ABSENT:
         slot = turn % TILES
         q = q_sm.index(slot * GROUPS + GROUP).reshape([ROWS, D])
-        q_length = _read(tile_sm, slot * FIELDS + 2)
-        k_length = _read(tile_sm, slot * FIELDS + 3)
-        block = _read(tile_sm, slot * FIELDS + 4)
+        q_length = _read(tile_sm, slot * FIELDS + 2, 4)
+        k_length = _read(tile_sm, slot * FIELDS + 3, 4)
+        block = _read(tile_sm, slot * FIELDS + 4, 4)
         begin, all_begin, all_end, end = _span(
             block, q_length, k_length, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
         )
@@ -243,11 +237,11 @@ def _multiply(
         mbarrier.wait(v_full.index(before), (count - 1) // STAGES & 1)
         o = warpgroup_mma(p, v_sm.index(before).reshape([BLOCK_N, D_V]), o, is_async=True)
         # Once more from memory: registers are scarce in the loops.
-        kind = _read(tile_sm, slot * FIELDS)
-        q_start = _read(tile_sm, slot * FIELDS + 1)
-        q_length = _read(tile_sm, slot * FIELDS + 2)
-        row = _read(tile_sm, slot * FIELDS + 4) * BLOCK_M + GROUP * ROWS
-        head = _read(tile_sm, slot * FIELDS + 5)
+        kind = _read(tile_sm, slot * FIELDS, 4)
+        q_start = _read(tile_sm, slot * FIELDS + 1, 4)
+        q_length = _read(tile_sm, slot * FIELDS + 2, 4)
+        row = _read(tile_sm, slot * FIELDS + 4, 4) * BLOCK_M + GROUP * ROWS
+        head = _read(tile_sm, slot * FIELDS + 5, 4)
         mbarrier.arrive(tile_empty.index(slot), count=1)
         rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
         total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, s_layout))
@@ -282,7 +276,7 @@ def _multiply(
             gl.store(lse_ptr + (head.to(gl.int64) * total_q + q_start) + rows, lse, mask=rows < q_length)
         turn += 1
         mbarrier.wait(tile_full.index(turn % TILES), turn // TILES & 1)
-        kind = _read(tile_sm, turn % TILES * FIELDS)
+        kind = _read(tile_sm, turn % TILES * FIELDS, 4)
     tma.store_wait(0)
 
 
